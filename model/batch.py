@@ -1,0 +1,94 @@
+"""What crosses the boundary between the scheduler and the model worker: plain data, no torch.
+
+A `ForwardBatch` says which rows run, from which position and for how many tokens; `SampledTokens`
+says what came out. Token ids of a running row live in the worker (`model/rows.py`): a batch carries
+them only when a row is bound to a request (`NewRow`), so a decode step costs a few integers a row and
+a step can be planned before the tokens of the step before it are known.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token of one request is chosen. All values are already validated at the HTTP edge.
+
+    `seed` is always set: the front-end draws one where the client gave none, so that a request's
+    tokens are a function of (request, seed) alone, whatever its neighbours are.
+    """
+
+    max_tokens: int
+    """Most tokens to generate, >= 1; clipped so that prompt + max_tokens <= max_model_len."""
+    seed: int = 0
+    """Key of the counter-based generator, reduced to 64 unsigned bits."""
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as vLLM and transformers; the two above over output only, as OpenAI."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the request beside the checkpoint's eos ids."""
+    ignore_eos: bool = False
+    """The checkpoint's eos ids do not end the request (`stop_token_ids` still do)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """Binds a worker row to a request: sent with the first step of an admission or a resumption."""
+
+    row: int
+    """0 <= row < max_num_seqs."""
+    tokens: array[int]
+    """`array('I')`: every token known so far, prompt then output (a resumed request has output)."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    block_table: list[int] = field(default_factory=list)
+    """Blocks the row starts with: those of a prefix hit, already computed."""
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """One row's share of a step: tokens [start, start + num_tokens) of its request."""
+
+    row: int
+    start: int
+    """Position of the first token = number of tokens whose latents are already in the cache."""
+    num_tokens: int
+    new_blocks: list[int] = field(default_factory=list)
+    """Block ids appended to the row's block table before the step runs."""
+    sample: bool = False
+    """The last token is the newest one known, so its logits choose the next token."""
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One step. The worker applies `released_rows`, then `new_rows`, then runs `rows`."""
+
+    step: int
+    rows: list[ScheduledRow]
+    new_rows: list[NewRow] = field(default_factory=list)
+    released_rows: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """The outcome of one step, in columns: `token_ids[i]` was sampled for `rows[i]`."""
+
+    step: int
+    rows: list[int]
+    """Rows of the batch with `sample`, in batch order."""
+    token_ids: list[int]
+    """-1 where the row's logits were not finite: the request ends with an error."""

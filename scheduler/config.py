@@ -1,0 +1,30 @@
+"""How an engine is built: frozen, validated at the edge by `server.settings`, sent as the first frame."""
+
+from __future__ import annotations
+
+import msgspec
+
+BLOCK_SIZE = 64
+"""Tokens a block of the latent pool (design: 64 everywhere; kernels and hashes rely on it)."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model_dir: str
+    """Folder of the checkpoint, absolute."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    dtype: str = "auto"
+    """`auto` (bfloat16, float32 where the checkpoint is float32), `bfloat16`, `float16`, `float32`."""
+    max_model_len: int | None = None
+    """Longest prompt + output; None takes the checkpoint's, cut to what the pool can hold."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    """Token budget of a step."""
+    num_blocks: int | None = None
+    """Size of the latent pool in blocks; overrides `kv_cache_memory`."""
+    kv_cache_memory: int | None = None
+    """Size of the latent pool in bytes; None takes it from the free memory."""
+    prefix_cache: bool = True
+    log_level: str = "info"
+    num_threads: int | None = None
+    """Threads of the CPU worker; None takes the cores this process may use."""

@@ -1,0 +1,256 @@
+"""What the operator may set: flags over environment (`LATENTD_*`) over file (TOML). Nothing else reads the environment.
+
+`load_settings` gives a frozen `Settings` or raises `SettingsError`, whose text is one line that names the option as it
+was written (`--port`, `LATENTD_PORT`, `port in FILE`) and the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+import model.config
+from scheduler.config import EngineConfig
+from server.sizes import parse_size
+
+ENV_PREFIX = "LATENTD_"
+CONFIG_ENV = f"{ENV_PREFIX}CONFIG"
+BUILTIN_MODEL = Path(model.config.__file__).parent / "builtin"
+"""The checkpoint inside the package, served when no MODEL is given."""
+BUILTIN_MODEL_NAME = "latentd-builtin"
+
+
+class SettingsError(ValueError):
+    """One line for the operator: which option, and what is wrong with it. The command ends with exit code 2."""
+
+
+class Settings(BaseSettings):
+    """Every option of `latentd serve`, validated. A field's description is its help text."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, validate_default=True)
+
+    model: Path = Field(
+        BUILTIN_MODEL,
+        description="Folder with config.json, *.safetensors and tokenizer.json. Default: the built-in model.",
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one and prints it.")
+    served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Name clients call the model by; several are allowed. Default: the folder's name."
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with API keys, one a line; empty lines and lines that begin with # do not count."
+    )
+    api_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="Key that clients must send (`Authorization: Bearer KEY`); several are allowed. "
+        "Flags can be seen in the process list: prefer the environment or --api-key-file.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU if any.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Number format of weights and cache; auto is bfloat16, or float32 for a float32 checkpoint."
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        description="Longest prompt + answer in tokens. Default: the model's, cut to what the cache holds.",
+    )
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="Most requests that run at the same time.")
+    max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20, description="Token budget of one step of the engine.")
+    num_blocks: int | None = Field(
+        None, ge=1, description="Size of the latent cache in blocks of 64 tokens; wins over --kv-cache-memory."
+    )
+    kv_cache_memory: int | None = Field(
+        None, ge=1, description="Size of the latent cache, e.g. 4GiB. Default: from the free memory."
+    )
+    prefix_cache: bool = Field(True, description="Reuse the cached blocks of prompts that begin alike.")
+    seed: int | None = Field(
+        None, ge=0, lt=1 << 64, description="Makes the seeds of requests that bring none repeatable. Default: random."
+    )
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="Threads of the model on a CPU. Default: the cores this process may use."
+    )
+    max_open_requests: int = Field(
+        256, ge=1, description="Most requests open at once, running and waiting; one more is answered with 503."
+    )
+    drain_timeout: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="Seconds that requests in flight get to finish after SIGTERM."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load_settings` merged, so that `Settings(...)` in a test never depends on the environment."""
+        return (init_settings,)
+
+    @field_validator("served_model_name", "api_key", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("kv_cache_memory", mode="before")
+    @classmethod
+    def _parse_size(cls, value: object) -> object:
+        return parse_size(value) if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("model")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _default_name(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        folder = info.data.get("model", BUILTIN_MODEL)
+        return names or (BUILTIN_MODEL_NAME if folder == BUILTIN_MODEL else folder.name,)
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _check_key_file(cls, file: Path | None) -> Path | None:
+        if file is not None:
+            _read_keys(file)
+        return file
+
+    @field_validator("api_key")
+    @classmethod
+    def _add_keys_of_file(cls, keys: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        file = info.data.get("api_key_file")
+        keys = keys if file is None else (*keys, *_read_keys(file))
+        for key in keys:
+            _check_key(key)
+        return keys
+
+    @property
+    def is_builtin(self) -> bool:
+        return self.model == BUILTIN_MODEL
+
+    def to_engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            model_dir=str(self.model),
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            num_blocks=self.num_blocks,
+            kv_cache_memory=self.kv_cache_memory,
+            prefix_cache=self.prefix_cache,
+            log_level=self.log_level,
+            num_threads=self.num_threads,
+        )
+
+    def shown(self) -> dict[str, object]:
+        """Field name to value as `--print-config` prints it: keys are masked, unset options are None."""
+        values = self.model_dump(mode="json")
+        values["api_key"] = ["***"] * len(self.api_key)
+        return values
+
+
+def flag_of(field: str) -> str:
+    """`max_model_len` -> `--max-model-len`; the one switch is spelt by what it turns off."""
+    return "--no-prefix-cache" if field == "prefix_cache" else "--" + field.replace("_", "-")
+
+
+def load_settings(flags: Mapping[str, object], config_file: Path | None = None) -> Settings:
+    """Merges the sources and validates. `flags` has only the options given on the command line, by field name.
+
+    Raises SettingsError.
+    """
+    if config_file is None and os.environ.get(CONFIG_ENV):
+        config_file = Path(os.environ[CONFIG_ENV])
+    from_file = {} if config_file is None else _read_config(config_file)
+    from_environment = EnvSettingsSource(Settings, env_ignore_empty=True)()
+    try:
+        return Settings(**{**from_file, **from_environment, **flags})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0])
+        if field in flags:
+            where = "MODEL" if field == "model" else flag_of(field)
+        elif field in from_environment:
+            where = ENV_PREFIX + field.upper()
+        else:
+            where = f"{field} in {config_file}"
+        raise SettingsError(f"{where}: {_reason(field, dict(first))}") from None
+
+
+def unknown_environment() -> list[str]:
+    """One line for each `LATENTD_*` variable that no option reads: most likely a misspelling."""
+    known = [ENV_PREFIX + name.upper() for name in Settings.model_fields] + [CONFIG_ENV]
+    names = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    return [f"{name} is not an option and is ignored{suggestion(name, known)}" for name in names]
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _reason(field: str, error: dict[str, Any]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ").split(", unable to parse")[0]
+    if field.startswith("api_key"):
+        return message  # the value may be a secret
+    given = error["input"]
+    if field == "port" and isinstance(given, str) and given.startswith("tcp://"):
+        return "Kubernetes set it for a Service of this name; use `enableServiceLinks: false` or give --port"
+    return message if error["type"] == "value_error" else f"{message}, not {given!r}"
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--config: cannot read {file}: {error.strerror}") from None
+    except ValueError as error:  # TOML or UTF-8
+        raise SettingsError(f"--config: {file} is not valid TOML: {str(error).splitlines()[0]}") from None
+    for name in values:
+        if name not in Settings.model_fields:
+            raise SettingsError(f"{name} in {file}: no such option{suggestion(name, Settings.model_fields)}")
+    return values
+
+
+def _read_keys(file: Path) -> list[str]:
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        # An empty file would silently open the server to everybody.
+        raise ValueError(f"{file} has no key in it")
+    for key in keys:
+        _check_key(key)
+    return keys
+
+
+def _check_key(key: str) -> None:
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("a key must be printable ASCII without spaces")  # it travels in an HTTP header

@@ -7,26 +7,20 @@ read. What cannot be computed rightly is refused with one line that names the fi
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.json_file import REQUIRED, Fields, read_json_object, shown
+from model.json_file import CheckpointError as CheckpointError
+
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
-
-_MAX_JSON_BYTES = 64 << 20
-"""An index of a 1T model is 10 MB; a config is a few KB."""
-_YARN_KEYS = {
-    *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor", "mrope_section"),
-}
-_REQUIRED: Any = object()
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be served; the message is one line naming the file and the field or tensor."""
+MAX_EXPERTS = 1 << 16
+"""Routed experts of all layers together (Kimi-K2, the largest, has 23,040): bounds the names to be checked."""
+_YARN_CHECKED = frozenset({"type", "rope_type", "rope_theta", "attention_factor", "truncate", "partial_rotary_factor"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,75 +148,6 @@ class GenerationDefaults:
     """False asks for greedy decoding."""
 
 
-class _Fields:
-    """Typed and ranged access to one JSON object; every refusal names the file and the field.
-
-    A null counts as absent. A default of `_REQUIRED` makes absence an error.
-    """
-
-    def __init__(self, file: Path, values: dict[str, Any], parent: str = "") -> None:
-        self.file = file
-        self.values = values
-        self._parent = parent
-
-    def fail(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {self._parent}{name}: {problem}")
-
-    def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> Any:
-        value = self._get(name, default)
-        if value is default:
-            return default
-        if type(value) is not int:
-            raise self.fail(name, f"must be an integer, not {_shown(value)}")
-        return self._in_range(name, value, low, high)
-
-    def number(self, name: str, low: float, high: float, default: Any = _REQUIRED) -> Any:
-        value = self._get(name, default)
-        if value is default:
-            return default
-        if type(value) not in (int, float):
-            raise self.fail(name, f"must be a number, not {_shown(value)}")
-        return float(self._in_range(name, value, low, high))
-
-    def flag(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self._get(name, default)
-        if value is not default and type(value) is not bool:
-            raise self.fail(name, f"must be true or false, not {_shown(value)}")
-        return value
-
-    def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        value = self._get(name, default)
-        if value is not default and type(value) is not str:
-            raise self.fail(name, f"must be a string, not {_shown(value)}")
-        return value
-
-    def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        value = self._get(name, None)
-        ids = [] if value is None else value if type(value) is list else [value]
-        for token_id in ids:
-            if type(token_id) is not int:
-                raise self.fail(name, f"must be token ids, not {_shown(value)}")
-            self._in_range(name, token_id, 0, vocab_size - 1)
-        return tuple(ids)
-
-    def first_of(self, *names: str) -> str:
-        """The first of several spellings that is present, else the first."""
-        return next((name for name in names if self.values.get(name) is not None), names[0])
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise self.fail(name, "is missing" if name not in self.values else "must not be null")
-        return default
-
-    def _in_range(self, name: str, value: Any, low: float, high: float) -> Any:
-        if not low <= value <= high:
-            raise self.fail(name, f"must be between {low} and {high}, not {_shown(value)}")
-        return value
-
-
 def load_config(model_dir: Path) -> DeepseekConfig:
     """Reads config.json (and the eos ids of generation_config.json) of a checkpoint folder.
 
@@ -231,7 +156,7 @@ def load_config(model_dir: Path) -> DeepseekConfig:
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: no such folder")
     file = model_dir / "config.json"
-    fields = _Fields(file, read_json_object(file))
+    fields = Fields(file, read_json_object(file))
     _refuse_unsupported(fields)
     model_type = fields.text("model_type")
     is_v3 = model_type != "deepseek_v2"
@@ -325,29 +250,6 @@ def expected_tensors(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """One JSON object from a file of a checkpoint; CheckpointError for anything else."""
-    try:
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: larger than {_MAX_JSON_BYTES >> 20} MiB, not a JSON file of a checkpoint")
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{file}: not UTF-8 text") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    if text.startswith("version https://git-lfs"):
-        raise CheckpointError(f"{file}: a Git-LFS pointer, not the file itself (run `git lfs pull`)")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: must be a JSON object")
-    return value
-
-
 def _feed_forward_tensors(config: DeepseekConfig, layer: int, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
 
@@ -370,22 +272,22 @@ def _feed_forward_tensors(config: DeepseekConfig, layer: int, prefix: str) -> di
     return tensors
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     values = fields.values
     for name in ("text_config", "language_config", "vision_config"):
         if values.get(name):
             raise fields.fail(name, "multimodal checkpoints are not supported")
     model_type = fields.text("model_type")
     if model_type not in MODEL_TYPES:
-        raise fields.fail("model_type", f"{_shown(model_type)} is not supported (only {', '.join(MODEL_TYPES)})")
+        raise fields.fail("model_type", f"{shown(model_type)} is not supported (only {', '.join(MODEL_TYPES)})")
     architectures = values.get("architectures") or [ARCHITECTURES[0]]
     if not isinstance(architectures, list) or architectures[0] not in ARCHITECTURES:
-        raise fields.fail("architectures", f"{_shown(architectures)} is not one of {', '.join(ARCHITECTURES)}")
+        raise fields.fail("architectures", f"{shown(architectures)} is not one of {', '.join(ARCHITECTURES)}")
     quantization = values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise fields.fail(
-            "quantization_config", f"quantised weights are not supported yet (quant_method {_shown(method)})"
+            "quantization_config", f"quantised weights are not supported yet (quant_method {shown(method)})"
         )
     if values.get("index_topk") is not None:
         raise fields.fail("index_topk", "sparse attention (DeepSeek-V3.2) is not supported")
@@ -396,29 +298,33 @@ def _refuse_unsupported(fields: _Fields) -> None:
     if not fields.flag("rope_interleave", True):
         raise fields.fail("rope_interleave", "false (weights in half layout) is not supported")
     if (activation := fields.text("hidden_act", "silu")) != "silu":
-        raise fields.fail("hidden_act", f"must be silu, not {_shown(activation)}")
+        raise fields.fail("hidden_act", f"must be silu, not {shown(activation)}")
 
 
-def _read_moe(fields: _Fields, num_hidden_layers: int, is_v3: bool) -> dict[str, Any]:
+def _read_moe(fields: Fields, num_hidden_layers: int, is_v3: bool) -> dict[str, Any]:
     """The router and the experts. DeepSeek-V2 routes by softmax, V3 by sigmoid with a correction bias."""
     scoring_func = fields.text("scoring_func", "sigmoid" if is_v3 else "softmax")
     if scoring_func != ("sigmoid" if is_v3 else "softmax"):
-        raise fields.fail("scoring_func", f"{_shown(scoring_func)} is not supported with this model_type")
+        raise fields.fail("scoring_func", f"{shown(scoring_func)} is not supported with this model_type")
     topk_method = fields.text("topk_method", "noaux_tc" if is_v3 else "greedy")
     if topk_method == "gready":  # the default of DeepSeek's own configuration class
         topk_method = "greedy"
     if topk_method not in (("noaux_tc",) if is_v3 else ("greedy", "group_limited_greedy")):
-        raise fields.fail("topk_method", f"{_shown(topk_method)} is not supported with this model_type")
+        raise fields.fail("topk_method", f"{shown(topk_method)} is not supported with this model_type")
     experts_name = fields.first_of("n_routed_experts", "num_local_experts", "num_experts")
     if experts_name not in fields.values:
         raise fields.fail(experts_name, "is missing (null means a dense model)")
-    experts = fields.integer(experts_name, 0, 1 << 14, 0)
-    first_dense = fields.integer("first_k_dense_replace", 0, num_hidden_layers, _REQUIRED if experts else 0)
-    per_token = fields.integer("num_experts_per_tok", 1, 1 << 14, _REQUIRED if experts else 0) if experts else 0
-    grouped = topk_method == "group_limited_greedy" or (is_v3 and experts > 0)
-    n_group = fields.integer("n_group", 1, 1 << 14, _REQUIRED) if grouped and experts else 1
-    topk_group = fields.integer("topk_group", 1, n_group, _REQUIRED) if grouped and experts else 1
+    experts = fields.integer(experts_name, 0, MAX_EXPERTS, 0)
+    needed = REQUIRED if experts else 0
+    per_token = fields.integer("num_experts_per_tok", 1, MAX_EXPERTS, needed) if experts else 0
+    grouped = experts > 0 and topk_method != "greedy"
+    n_group = fields.integer("n_group", 1, MAX_EXPERTS) if grouped else 1
+    topk_group = fields.integer("topk_group", 1, n_group) if grouped else 1
     if experts:
+        if experts * num_hidden_layers > MAX_EXPERTS:
+            raise fields.fail(
+                experts_name, f"{experts} in {num_hidden_layers} layers are more than {MAX_EXPERTS} experts"
+            )
         if experts % n_group:
             raise fields.fail("n_group", f"{n_group} does not divide n_routed_experts, {experts}")
         if is_v3 and experts // n_group < 2:
@@ -429,7 +335,7 @@ def _read_moe(fields: _Fields, num_hidden_layers: int, is_v3: bool) -> dict[str,
                 f"{per_token} is more than the {topk_group * (experts // n_group)} experts that can be selected",
             )
     return {
-        "moe_intermediate_size": fields.integer("moe_intermediate_size", 1, 1 << 20, _REQUIRED if experts else 0),
+        "moe_intermediate_size": fields.integer("moe_intermediate_size", 1, 1 << 20, needed),
         "n_shared_experts": fields.integer("n_shared_experts", 0, 64, 0),
         "n_routed_experts": experts,
         "num_experts_per_tok": per_token,
@@ -439,12 +345,12 @@ def _read_moe(fields: _Fields, num_hidden_layers: int, is_v3: bool) -> dict[str,
         "scoring_func": scoring_func,
         "norm_topk_prob": fields.flag("norm_topk_prob", is_v3),
         "routed_scaling_factor": fields.number("routed_scaling_factor", 1e-6, 1e6, 2.5 if is_v3 else 1.0),
-        "first_k_dense_replace": first_dense,
+        "first_k_dense_replace": fields.integer("first_k_dense_replace", 0, num_hidden_layers, needed),
         "moe_layer_freq": fields.integer("moe_layer_freq", 1, 1024, 1),
     }
 
 
-def _read_rope(fields: _Fields) -> RopeConfig:
+def _read_rope(fields: Fields) -> RopeConfig:
     """`rope_scaling` (hub) or `rope_parameters` (transformers 5); where both stand they must agree."""
     theta = fields.number("rope_theta", 1.000001, 1e12, 10000.0)
     found = {
@@ -458,22 +364,23 @@ def _read_rope(fields: _Fields) -> RopeConfig:
     return ropes[0]
 
 
-def _read_rope_dict(parent: _Fields, name: str, theta: float) -> RopeConfig:
+def _read_rope_dict(parent: Fields, name: str, theta: float) -> RopeConfig:
     values = parent.values[name]
     if not isinstance(values, dict):
-        raise parent.fail(name, f"must be an object, not {_shown(values)}")
-    fields = _Fields(parent.file, values, f"{name}.")
+        raise parent.fail(name, f"must be an object, not {shown(values)}")
+    fields = Fields(parent.file, values, f"{name}.")
     theta = fields.number("rope_theta", 1.000001, 1e12, theta)
     kind = fields.text(fields.first_of("rope_type", "type"), "default")
     if kind not in ("default", "yarn"):
-        raise fields.fail("rope_type", f"{_shown(kind)} is not supported (only default and yarn)")
+        raise fields.fail("rope_type", f"{shown(kind)} is not supported (only default and yarn)")
     if fields.number("partial_rotary_factor", -1e9, 1e9, 1.0) != 1.0:
         raise fields.fail("partial_rotary_factor", "must be 1")
-    if values.get("mrope_section") is not None:
-        raise fields.fail("mrope_section", "is not supported")
     if kind == "default":
+        if values.get("mrope_section") is not None:
+            raise fields.fail("mrope_section", "is not supported")
         return RopeConfig(theta)
-    if unknown := sorted(values.keys() - _YARN_KEYS):
+    understood = {field.name for field in dataclasses.fields(YarnConfig)} | _YARN_CHECKED
+    if unknown := sorted(values.keys() - understood):
         raise fields.fail(unknown[0], "is not known for yarn and may change the rotation")
     if not fields.flag("truncate", True):
         raise fields.fail("truncate", "false is not supported")
@@ -494,12 +401,6 @@ def _read_rope_dict(parent: _Fields, name: str, theta: float) -> RopeConfig:
     return RopeConfig(theta, yarn)
 
 
-def _generation_fields(model_dir: Path) -> _Fields | None:
+def _generation_fields(model_dir: Path) -> Fields | None:
     file = model_dir / "generation_config.json"
-    return _Fields(file, read_json_object(file)) if file.exists() else None
-
-
-def _shown(value: object) -> str:
-    """A value of the file for a one-line message, cut short."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return Fields(file, read_json_object(file)) if file.exists() else None

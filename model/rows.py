@@ -1,0 +1,141 @@
+"""What the worker remembers of each running request between steps, and how a step's inputs are gathered from it.
+
+A row belongs to one request from its admission until it finishes or is preempted; a resumed request is
+bound anew. The worker appends what it sampled itself, so a decode step needs a few integers a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from model.batch import ForwardBatch, NewRow, SamplingParams
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE
+from model.sampler import Penalties, SamplingInputs
+
+
+class Rows:
+    """State of `max_num_seqs` rows of at most `max_model_len` tokens; pages of it are used only once written."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
+        self._tokens = np.empty((max_num_seqs, max_model_len), np.int32)
+        self._num_tokens = np.zeros(max_num_seqs, np.int64)
+        self._blocks = np.empty((max_num_seqs, -(-max_model_len // BLOCK_SIZE)), np.int32)
+        self._num_blocks = np.zeros(max_num_seqs, np.int64)
+        self._num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self._params: list[SamplingParams | None] = [None] * max_num_seqs
+        self._temperature = np.zeros(max_num_seqs, np.float64)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float64)
+        self._min_p = np.zeros(max_num_seqs, np.float64)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._penalised = np.zeros(max_num_seqs, np.bool_)
+
+    def update(self, batch: ForwardBatch) -> None:
+        """Release, bind and grow rows as `batch` says. Raises ValueError where the batch contradicts the rows."""
+        for row in batch.released_rows:
+            if self._params[row] is None:
+                raise ValueError(f"step {batch.step} releases row {row}, which is not bound")
+            self._params[row] = None
+            self._num_tokens[row] = self._num_blocks[row] = 0
+        for new in batch.new_rows:
+            if self._params[new.row] is not None:
+                raise ValueError(f"step {batch.step} binds row {new.row}, which is still bound")
+            self._bind(new)
+        for scheduled in batch.rows:
+            if scheduled.new_blocks:
+                self._append_blocks(scheduled.row, scheduled.new_blocks)
+
+    def step_inputs(self, batch: ForwardBatch, device: torch.device) -> StepInputs:
+        """Gather the T tokens of `batch`, already applied by `update`, with no Python work per token."""
+        rows = np.array([scheduled.row for scheduled in batch.rows], np.int64)
+        start = np.array([scheduled.start for scheduled in batch.rows], np.int64)
+        length = np.array([scheduled.num_tokens for scheduled in batch.rows], np.int64)
+        sampled = np.array([scheduled.sample for scheduled in batch.rows], np.bool_)
+        end = start + length
+        num_blocks = self._num_blocks[rows]
+        if (
+            (length < 1).any()
+            or (end > self._num_tokens[rows]).any()
+            or (end > num_blocks * BLOCK_SIZE).any()
+            or (sampled & (end != self._num_tokens[rows])).any()
+        ):
+            raise ValueError(f"step {batch.step} schedules tokens or blocks its rows do not have")
+        query_start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(length, out=query_start[1:])
+        token_rows = np.repeat(rows, length)
+        positions = np.arange(query_start[-1]) + np.repeat(start - query_start[:-1], length)
+        blocks = self._blocks[token_rows, positions // BLOCK_SIZE].astype(np.int64)
+        return StepInputs(
+            token_ids=torch.from_numpy(self._tokens[token_rows, positions].astype(np.int64)).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            slot_mapping=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).to(device),
+            query_start=query_start.tolist(),
+            context_lens=end.tolist(),
+            block_tables=torch.from_numpy(self._blocks[rows, : num_blocks.max()]).to(device),
+            sample_index=torch.from_numpy(query_start[1:][sampled] - 1).to(device),
+        )
+
+    def sampling_inputs(self, sampled: Sequence[int]) -> SamplingInputs:
+        """Parameters of the rows that sample, in the order given."""
+        rows = np.array(sampled, np.int64)
+        return SamplingInputs(
+            temperature=self._temperature[rows],
+            top_k=self._top_k[rows],
+            top_p=self._top_p[rows],
+            min_p=self._min_p[rows],
+            seed=self._seed[rows],
+            position=self._num_tokens[rows],
+            penalties=[self._penalties(sampled[i], i) for i in np.flatnonzero(self._penalised[rows]).tolist()],
+        )
+
+    def append(self, sampled: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Add each sampled row's new token. A request whose logits were not finite (-1) is about to end: it gets
+        id 0, so that a step planned before that was known still runs. A full row takes no more."""
+        rows = np.array(sampled, np.int64)
+        tokens = np.maximum(np.array(token_ids, np.int32), 0)
+        room = self._num_tokens[rows] < self._tokens.shape[1]
+        rows, tokens = rows[room], tokens[room]
+        self._tokens[rows, self._num_tokens[rows]] = tokens
+        self._num_tokens[rows] += 1
+
+    def _bind(self, new: NewRow) -> None:
+        row, params, tokens = new.row, new.params, np.frombuffer(new.tokens, np.uint32)
+        if not 0 < new.num_prompt_tokens <= len(tokens) <= self._tokens.shape[1]:
+            raise ValueError(f"row {row} cannot hold {len(tokens)} tokens with a prompt of {new.num_prompt_tokens}")
+        self._params[row] = params
+        self._tokens[row, : len(tokens)] = tokens
+        self._num_tokens[row] = len(tokens)
+        self._num_prompt_tokens[row] = new.num_prompt_tokens
+        self._num_blocks[row] = 0
+        self._append_blocks(row, new.block_table)
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._seed[row] = params.seed
+        self._penalised[row] = (
+            params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        )
+
+    def _append_blocks(self, row: int, blocks: Sequence[int]) -> None:
+        first = int(self._num_blocks[row])
+        if first + len(blocks) > self._blocks.shape[1]:
+            raise ValueError(f"row {row} cannot hold {first + len(blocks)} blocks")
+        self._blocks[row, first : first + len(blocks)] = blocks
+        self._num_blocks[row] = first + len(blocks)
+
+    def _penalties(self, row: int, index: int) -> Penalties:
+        params = self._params[row]
+        assert params is not None
+        return Penalties(
+            index=index,
+            tokens=self._tokens[row, : self._num_tokens[row]],
+            num_prompt_tokens=int(self._num_prompt_tokens[row]),
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+        )

@@ -1,0 +1,58 @@
+"""One request inside the engine: the only mutable thing that the scheduler hands around."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from dataclasses import dataclass, field
+
+from model.batch import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """A preempted request is WAITING again; what sets it apart is `num_preemptions`."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Written by `Scheduler` alone, once it was added.
+
+    A request holds its row and its blocks together, from admission until the last step that refers to
+    them was processed. That can be a step later than the end of its running: a preempted or finished
+    request with `steps_in_flight` still holds them.
+    """
+
+    request_id: str
+    params: SamplingParams
+    tokens: array[int]
+    """`array('I')`: prompt, then output, as far as known here."""
+    num_prompt_tokens: int
+    max_num_tokens: int
+    """Prompt + output at which the request ends with LENGTH."""
+    priority: int
+    stop_token_ids: frozenset[int]
+    """The request's own and, unless ignored, the checkpoint's eos ids."""
+    root: bytes
+    """Start of the hash chain."""
+    block_hashes: list[bytes]
+    """Of the full blocks of `tokens`: all of the prompt's, the output's as they fill up."""
+
+    num_tokens: int = 0
+    """Prompt + output, with the tokens that steps in flight will sample: >= len(tokens)."""
+    num_computed_tokens: int = 0
+    """Tokens whose latents are in the cache once the steps in flight have run."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache at the first admission; None before it."""
+    num_registered_blocks: int = 0
+    """Leading blocks of `block_table` that were offered to the prefix index, or came from it."""
+    block_table: list[int] = field(default_factory=list)
+    row: int | None = None
+    status: RequestStatus = RequestStatus.WAITING
+    order: tuple[int, int] = (0, 0)
+    """(priority, arrival): unique, and the order of everything."""
+    steps_in_flight: int = 0
+    num_preemptions: int = 0

@@ -1,0 +1,433 @@
+"""Decides what every step computes: the only writer of request state, free of torch, clocks and randomness.
+
+**The one rule.** There is no prefill phase and no decode phase. A request has `num_tokens` (prompt and
+output) and `num_computed_tokens`; every step hands out a budget of tokens so that the second catches up
+with the first. Decode, chunked prefill, prefix hits and resumed preemptions are the same arithmetic,
+and it stands in one place, `Scheduler._assign`. (The rule is vLLM v1's.)
+
+**Steps in flight.** `num_computed_tokens` advances when a step is scheduled, and a token that a step
+will sample counts at once, so the next step can be planned before this one's tokens are known. What a
+step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
+block enters the prefix index only then.
+
+**Memory.** A request is admitted when the pool can hold every token it already has, beside what the
+running ones still need for theirs, above a watermark. When a running request needs a block and none is
+free, the newest running request is preempted: it gives its blocks back and waits, at its place in the
+order, to start over (mostly from the prefix cache). The oldest request is thus never held up by a newer
+one, and alone it always fits: something always gets done.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from model.batch import ForwardBatch, NewRow, SampledTokens, ScheduledRow
+from scheduler.block_hash import chain_hashes, root_hash
+from scheduler.block_pool import BlockPool, InvariantError
+from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason
+from scheduler.request import Request, RequestStatus
+from scheduler.request_queue import RequestQueue
+
+_LENGTH = Finished(reason=FinishReason.LENGTH)
+_NAN_LOGITS = Finished(
+    reason=FinishReason.ERROR, code="nan_logits", message="the model produced logits that are not finite"
+)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gave its requests, in the columns of `messages.StepOutput`."""
+
+    request_ids: list[str]
+    token_ids: list[list[int]]
+    finished: dict[str, Finished]
+    """Also the terminal events of `finish` since the last take."""
+    cached_tokens: dict[str, int]
+
+
+class Scheduler:
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        prefix_cache: bool,
+        fingerprint: str,
+        watermark_blocks: int | None = None,
+    ) -> None:
+        """`watermark_blocks`: free blocks that an admission leaves for running requests to grow into;
+        None takes 1 % of the pool, at least one. A request that would run alone may use them."""
+        if min(block_size, max_num_seqs, max_num_batched_tokens) < 1:
+            raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be at least 1")
+        self.pool = pool
+        self.block_size = block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        # The last token of a request is sampled but never computed, so it needs no place in the pool.
+        self.max_num_tokens = min(max_model_len, pool.num_blocks * block_size + 1)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._prefix_cache = prefix_cache
+        self._fingerprint = fingerprint
+        self._watermark = max(1, pool.num_blocks // 100) if watermark_blocks is None else watermark_blocks
+
+        self._requests: dict[str, Request] = {}
+        self._running = RequestQueue()
+        self._waiting = RequestQueue()
+        self._holders: list[Request | None] = [None] * max_num_seqs
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._released_rows: list[int] = []
+        self._steps: deque[tuple[ForwardBatch, list[Request]]] = deque()
+        self._finished: dict[str, Finished] = {}
+
+        self._num_arrivals = 0
+        self._num_scheduled_steps = 0
+        self._waiting_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._num_preemptions = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._num_steps = 0
+        self._step_tokens = 0
+        self._unknown_ids = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Requests are running or waiting."""
+        return bool(self._requests)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps scheduled and not yet processed by `update`."""
+        return len(self._steps)
+
+    def make_request(self, message: AddRequest) -> Request:
+        """Unpack a message and hash its prompt's blocks (about 1 us a block).
+
+        Reads only what never changes after construction, so any thread may call it. Raises ValueError if
+        the prompt is not a whole number of uint32.
+        """
+        params = message.params
+        tokens = array("I", message.prompt)
+        root = root_hash(self._fingerprint, message.cache_salt)
+        stop_token_ids = frozenset(params.stop_token_ids)
+        return Request(
+            request_id=message.request_id,
+            params=params,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            num_tokens=len(tokens),
+            max_num_tokens=min(len(tokens) + params.max_tokens, self.max_num_tokens),
+            priority=message.priority,
+            stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
+            root=root,
+            block_hashes=chain_hashes(root, tokens, self.block_size) if self._prefix_cache else [],
+        )
+
+    def add(self, request: Request) -> Finished | None:
+        """Accept a request (None), or refuse one that could never run: the reason is returned and is no event."""
+        if request.request_id in self._requests or request.request_id in self._finished:
+            return _rejected("duplicate_request_id", f"request id {request.request_id!r} is in use")
+        if not request.num_prompt_tokens or request.params.max_tokens < 1:
+            return _rejected("invalid_request", "a request needs at least one prompt token and max_tokens >= 1")
+        if request.num_prompt_tokens >= self.max_num_tokens:
+            return _rejected(
+                "context_length_exceeded",
+                f"the prompt has {request.num_prompt_tokens} tokens; at most {self.max_num_tokens} tokens fit, "
+                "prompt and output together",
+            )
+        request.order = (request.priority, self._num_arrivals)
+        self._num_arrivals += 1
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+        return None
+
+    def finish(self, request_id: str, finished: Finished) -> bool:
+        """End a request from outside (abort, error). Idempotent: False, and counted, if the id is not live."""
+        request = self._requests.get(request_id)
+        if request is None:
+            self._unknown_ids += 1
+            return False
+        self._end(request, finished)
+        return True
+
+    def take_finished(self) -> dict[str, Finished]:
+        """Terminal events not yet delivered by `update`; each is handed out once."""
+        finished, self._finished = self._finished, {}
+        return finished
+
+    def schedule(self) -> ForwardBatch | None:
+        """The next step, or None if there is nothing to compute (now: with steps in flight, `update` first)."""
+        budget = self.max_num_batched_tokens
+        rows: list[ScheduledRow] = []
+        requests: list[Request] = []
+        # Oldest first. Preemption takes from the end of the same order, so it never hits a request that
+        # this step has already been given to.
+        for request in self._running:
+            row = self._assign(request, budget)
+            if row is not None:
+                rows.append(row)
+                requests.append(request)
+                budget -= row.num_tokens
+                if not budget:
+                    break
+        new_rows = self._admit(budget, rows, requests)
+        if not rows:
+            return None
+        batch = ForwardBatch(self._num_scheduled_steps, rows, new_rows, self._released_rows)
+        self._num_scheduled_steps += 1
+        self._released_rows = []
+        self._steps.append((batch, requests))
+        return batch
+
+    def update(self, sampled: SampledTokens) -> StepResult:
+        """Process the outcome of the oldest step in flight. Raises ValueError if it is another step's."""
+        batch, requests = self._steps[0] if self._steps else (None, [])
+        if batch is None or sampled.step != batch.step or sampled.rows != [r.row for r in batch.rows if r.sample]:
+            raise ValueError(f"outcome of step {sampled.step} does not belong to {batch and batch.step}")
+        self._steps.popleft()
+        running, ended = RequestStatus.RUNNING, RequestStatus.FINISHED
+        block_size = self.block_size
+        result = StepResult([], [], {}, {})
+        token_ids = iter(sampled.token_ids)
+        for row, request in zip(batch.rows, requests, strict=True):
+            request.steps_in_flight -= 1
+            token_id = next(token_ids) if row.sample else None
+            if request.status is not ended:
+                if token_id == -1:
+                    # Its latents may be as broken as its logits: no other request may meet them.
+                    self.pool.forget(request.block_table)
+                    self._end(request, _NAN_LOGITS)
+                else:
+                    end = row.start + row.num_tokens
+                    if end // block_size > request.num_registered_blocks:
+                        self._register(request, end // block_size)
+                    if row.start < request.num_prompt_tokens:
+                        self._prompt_tokens += min(end, request.num_prompt_tokens) - row.start
+                    if token_id is not None:
+                        self._append(request, token_id, result)
+            if request.status is not running:
+                self._give_back(request)
+        self._num_steps += 1
+        self._step_tokens = batch.num_tokens
+        result.finished = self.take_finished()
+        return result
+
+    def stats(self, step_seconds: float = 0.0) -> EngineStats:
+        """Figures of now. The scheduler has no clock: the caller knows how long its last step took."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            waiting_tokens=self._waiting_tokens,
+            num_blocks=self.pool.num_blocks,
+            free_blocks=self.pool.free_count,
+            cached_blocks=self.pool.cached_count,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            num_preemptions=self._num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            num_steps=self._num_steps,
+            step_tokens=self._step_tokens,
+            step_seconds=step_seconds,
+            unknown_ids=self._unknown_ids,
+        )
+
+    def _assign(self, request: Request, budget: int) -> ScheduledRow | None:
+        """The one rule: let `num_computed_tokens` catch up with `num_tokens` within the budget.
+
+        None if there is nothing to catch up with, or if there are no blocks for it.
+        """
+        start = request.num_computed_tokens
+        num_tokens = min(request.num_tokens - start, budget)
+        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request.
+        if num_tokens <= 0 or request.num_tokens >= request.max_num_tokens:
+            return None
+        end = start + num_tokens
+        new_blocks: list[int] = []
+        missing = self._num_blocks(end) - len(request.block_table)
+        if missing > 0:
+            blocks = self._make_room(request, missing)
+            if blocks is None:
+                return None
+            new_blocks = blocks
+            request.block_table.extend(blocks)
+        sample = end == request.num_tokens
+        request.num_computed_tokens = end
+        request.num_tokens += sample
+        request.steps_in_flight += 1
+        assert request.row is not None
+        return ScheduledRow(request.row, start, num_tokens, new_blocks, sample)
+
+    def _make_room(self, request: Request, count: int) -> list[int] | None:
+        """Blocks for a running request, at the cost of newer ones; None if it has to wait, or was the newest itself."""
+        while (blocks := self.pool.allocate(count)) is None:
+            if len(self._free_rows) + len(self._running) < len(self._holders):
+                return None  # a request that no longer runs gives its blocks back with a step in flight
+            newest = self._running[-1]
+            self._preempt(newest)
+            if newest is request:
+                return None
+        return blocks
+
+    def _admit(self, budget: int, rows: list[ScheduledRow], requests: list[Request]) -> list[NewRow]:
+        """Bind waiting requests to rows, strictly in order, as far as budget, rows and blocks go."""
+        new_rows: list[NewRow] = []
+        if not (budget and self._waiting and self._free_rows):
+            return new_rows
+        # Blocks that no running request needs for the tokens it already has. Counting them, not only the
+        # next chunk's, keeps a long prompt from being admitted half-way and preempted at once.
+        spare = self.pool.free_count - sum(self._num_blocks(r.num_tokens) - len(r.block_table) for r in self._running)
+        while budget and self._waiting and self._free_rows:
+            request = self._waiting[0]
+            if request.row is not None:
+                break  # preempted, and its last step is still in flight
+            # At least one token must be computed to have logits: a hit covers num_tokens - 1 at most.
+            hit = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
+            needed = self._num_blocks(request.num_tokens) - len(hit) + self.pool.count_free(hit)
+            if spare < needed + (self._watermark if self._running else 0):
+                break
+            spare -= needed
+            self._dequeue(request)
+            self.pool.acquire(hit)
+            request.row = self._free_rows.pop()
+            self._holders[request.row] = request
+            request.status = RequestStatus.RUNNING
+            self._running.insert(request)
+            request.block_table = hit
+            request.num_registered_blocks = len(hit)
+            request.num_computed_tokens = len(hit) * self.block_size
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = request.num_computed_tokens
+                self._prefix_queries += request.num_prompt_tokens
+                self._prefix_hits += request.num_cached_tokens
+            new_rows.append(NewRow(request.row, request.tokens[:], request.num_prompt_tokens, request.params, hit[:]))
+            row = self._assign(request, budget)
+            assert row is not None  # the blocks were counted above
+            rows.append(row)
+            requests.append(request)
+            budget -= row.num_tokens
+        return new_rows
+
+    def _append(self, request: Request, token_id: int, result: StepResult) -> None:
+        """Give a sampled token to its request, and see whether it was the last one."""
+        if len(request.tokens) == request.num_prompt_tokens:
+            result.cached_tokens[request.request_id] = request.num_cached_tokens or 0
+        request.tokens.append(token_id)
+        result.request_ids.append(request.request_id)
+        result.token_ids.append([token_id])
+        self._generation_tokens += 1
+        if token_id in request.stop_token_ids:
+            self._end(request, Finished(reason=FinishReason.STOP, stop_token_id=token_id))
+        elif len(request.tokens) >= request.max_num_tokens:
+            self._end(request, _LENGTH)
+
+    def _register(self, request: Request, num_full_blocks: int) -> None:
+        """Offer the blocks that a processed step has filled to the prefix index."""
+        if not self._prefix_cache:
+            return
+        hashes = request.block_hashes
+        if len(hashes) < num_full_blocks:
+            hashes.extend(chain_hashes(request.root, request.tokens, self.block_size, known=hashes))
+        for index in range(request.num_registered_blocks, num_full_blocks):
+            self.pool.register(request.block_table[index], hashes[index])
+        request.num_registered_blocks = num_full_blocks
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting. Tokens that its steps in flight will sample still count, and still arrive."""
+        self._running.remove(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._enqueue(request)
+        self._give_back(request)
+
+    def _end(self, request: Request, finished: Finished) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        else:
+            self._dequeue(request)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.request_id]
+        self._finished[request.request_id] = finished
+        self._give_back(request)
+
+    def _give_back(self, request: Request) -> None:
+        """Row and blocks of a request that does not run, once no step refers to them."""
+        if request.row is None or request.steps_in_flight:
+            return
+        self.pool.release(request.block_table)
+        request.block_table = []
+        self._holders[request.row] = None
+        self._free_rows.append(request.row)
+        self._released_rows.append(request.row)
+        request.row = None
+
+    def _enqueue(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        self._waiting.insert(request)
+        self._waiting_tokens += request.num_prompt_tokens
+
+    def _dequeue(self, request: Request) -> None:
+        self._waiting.remove(request)
+        self._waiting_tokens -= request.num_prompt_tokens
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def check(self) -> None:
+        """Verify every invariant of scheduler and pool, O(requests + blocks). Raises InvariantError."""
+        self.pool.check()
+        held = [request for request in self._holders if request is not None]
+        references = Counter(block for request in held for block in request.block_table)
+        in_flight = Counter(request for _, requests in self._steps for request in requests)
+        pending = Counter(
+            request
+            for batch, requests in self._steps
+            for row, request in zip(batch.rows, requests, strict=True)
+            if row.sample
+        )
+        claims = {
+            "references and block tables": all(
+                self.pool.ref_count(block) == references[block] for block in range(self.pool.num_blocks)
+            ),
+            "rows": sorted(self._free_rows + [r.row for r in held if r.row is not None])
+            == list(range(len(self._holders)))
+            and all(r.row is not None and self._holders[r.row] is r for r in held),
+            "live requests": {*self._running, *self._waiting} == set(self._requests.values()),
+            "order": all(
+                list(queue) == sorted(queue, key=lambda r: r.order) for queue in (self._running, self._waiting)
+            ),
+            "waiting tokens": self._waiting_tokens == sum(r.num_prompt_tokens for r in self._waiting),
+            "terminal events": not self._finished.keys() & self._requests.keys(),
+        }
+        for request in {*held, *self._requests.values(), *in_flight}:
+            status = request.status
+            claims[f"{request.request_id}: row and blocks"] = (request.row is None) <= (not request.block_table) and (
+                (request.row is not None) == (status is RequestStatus.RUNNING or request.steps_in_flight > 0)
+            )
+            claims[f"{request.request_id}: steps in flight"] = request.steps_in_flight == in_flight[request]
+            claims[f"{request.request_id}: hashes"] = len(request.block_hashes) * self.block_size <= len(request.tokens)
+            if status is not RequestStatus.FINISHED:
+                claims[f"{request.request_id}: tokens"] = (
+                    request.num_tokens == len(request.tokens) + pending[request] <= request.max_num_tokens
+                )
+            if status is RequestStatus.RUNNING:
+                claims[f"{request.request_id}: computed tokens"] = (
+                    request in self._running
+                    and 0 < request.num_computed_tokens < request.num_tokens
+                    and len(request.block_table) == self._num_blocks(request.num_computed_tokens)
+                )
+        broken = [name for name, holds in claims.items() if not holds]
+        if broken:
+            raise InvariantError(f"scheduler: {'; '.join(broken)}")
+
+
+def _rejected(code: str, message: str) -> Finished:
+    return Finished(reason=FinishReason.REJECTED, code=code, message=message)

@@ -1,0 +1,222 @@
+"""The state machine behind the property tests: anything may happen to a scheduler, at any moment."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from model.batch import SampledTokens, SamplingParams
+from scheduler.block_pool import BlockPool
+from scheduler.messages import AddRequest, Finished, FinishReason
+from scheduler.scheduler import Scheduler, StepResult
+from tests.scheduler.fake_worker import EOS, NAN_SEED_BIT, VOCAB_SIZE, FakeWorker, request_message, run_alone
+
+ABORT = Finished(reason=FinishReason.ABORT)
+
+
+class SchedulerStorm(RuleBasedStateMachine):
+    """Random add, schedule, update, abort and preempt, one or two steps in flight, tiny pools, shared prefixes.
+
+    The fake worker checks every step as it runs; here, what clients see is compared with what each
+    request gives alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accepted: dict[str, AddRequest] = {}
+        self.output: dict[str, list[int]] = {}
+        self.terminal: dict[str, Finished] = {}
+        self.cached: dict[str, int] = {}
+        self.results: deque[SampledTokens] = deque()
+
+    @initialize(
+        depth=st.integers(1, 2),
+        num_blocks=st.integers(1, 12),
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.sampled_from([1, 2, 3, 7, 64]),
+        max_model_len=st.sampled_from([6, 20, 1000]),
+        watermark=st.sampled_from([None, 0, 3]),
+        prefix_cache=st.sampled_from([True, True, True, False]),
+    )
+    def start(
+        self,
+        depth: int,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        budget: int,
+        max_model_len: int,
+        watermark: int | None,
+        prefix_cache: bool,
+    ) -> None:
+        self.depth = depth
+        self.prefix_cache = prefix_cache
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(
+            pool=self.pool,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+            eos_token_ids=[EOS],
+            prefix_cache=prefix_cache,
+            fingerprint="storm",
+            watermark_blocks=watermark,
+        )
+        self.worker = FakeWorker(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+        )
+        self.limit = min(max_model_len, num_blocks * block_size + 1)
+
+    @rule(
+        family=st.integers(0, 1),
+        prompt_length=st.integers(1, 24),
+        tail=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=3),
+        max_tokens=st.integers(1, 16),
+        priority=st.sampled_from([0, 0, 0, 1, 2]),
+        salt=st.sampled_from(["", "", "", "tenant"]),
+        seed=st.sampled_from([0, 0, 1, 2, NAN_SEED_BIT]),
+        stop_token_ids=st.sampled_from([(), (3,)]),
+        ignore_eos=st.booleans(),
+    )
+    def add(
+        self,
+        family: int,
+        prompt_length: int,
+        tail: list[int],
+        max_tokens: int,
+        priority: int,
+        salt: str,
+        seed: int,
+        stop_token_ids: tuple[int, ...],
+        ignore_eos: bool,
+    ) -> None:
+        prompt = [(family * 7 + i * i) % VOCAB_SIZE for i in range(prompt_length)] + tail
+        message = request_message(
+            f"r{len(self.accepted)}",
+            prompt,
+            max_tokens=max_tokens,
+            priority=priority,
+            cache_salt=salt,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        )
+        refused = self.scheduler.add(self.scheduler.make_request(message))
+        if len(prompt) >= self.limit:
+            assert refused is not None
+            assert refused.code == "context_length_exceeded"
+        else:
+            assert refused is None
+            self.accepted[message.request_id] = message
+            self.output[message.request_id] = []
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def add_again(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.accepted.keys() - self.terminal.keys()) or [""]))
+        if request_id:
+            refused = self.scheduler.add(self.scheduler.make_request(self.accepted[request_id]))
+            assert refused is not None
+            assert refused.code == "duplicate_request_id"
+
+    @rule()
+    def schedule(self) -> None:
+        if self.scheduler.in_flight == self.depth:
+            return
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self.results.append(self.worker.execute(batch))
+        else:
+            # With nothing in flight there is always something to do.
+            assert self.scheduler.in_flight or not self.scheduler.has_work
+
+    @precondition(lambda self: self.results)
+    @rule()
+    def update(self) -> None:
+        sampled = self.results.popleft()
+        self.worker.processed_step = sampled.step
+        self.deliver(self.scheduler.update(sampled))
+
+    @rule(times=st.integers(1, 8))
+    def steps(self, times: int) -> None:
+        for _ in range(times):
+            self.schedule()
+            self.scheduler.check()
+            if self.results and (len(self.results) == self.depth or times % 2):
+                self.update()
+                self.scheduler.check()
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.accepted)))
+        live = request_id in {r.request_id for r in (*self.scheduler._running, *self.scheduler._waiting)}
+        unknown = self.scheduler.stats().unknown_ids
+        assert self.scheduler.finish(request_id, ABORT) is live
+        assert not self.scheduler.finish(request_id, ABORT)
+        assert self.scheduler.stats().unknown_ids == unknown + 1 + (not live)
+
+    @precondition(lambda self: len(self.scheduler._running))
+    @rule()
+    def preempt(self) -> None:
+        self.scheduler._preempt(self.scheduler._running[-1])
+
+    @rule()
+    def take_finished(self) -> None:
+        self.deliver(StepResult([], [], self.scheduler.take_finished(), {}))
+
+    @rule()
+    def reset_cache(self) -> None:
+        self.pool.reset_cache()
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def deliver(self, result: StepResult) -> None:
+        for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
+            assert request_id not in self.terminal, "a token after the end"
+            assert (request_id in result.cached_tokens) == (not self.output[request_id])
+            self.output[request_id] += token_ids
+        for request_id, cached in result.cached_tokens.items():
+            assert 0 <= cached < len(self.accepted[request_id].prompt) // 4
+            assert cached == 0 or self.prefix_cache
+        for request_id, finished in result.finished.items():
+            assert request_id in self.accepted
+            assert request_id not in self.terminal, "two terminal events"
+            self.terminal[request_id] = finished
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        steps = 0
+        while self.scheduler.has_work or self.scheduler.in_flight:
+            self.steps(1)
+            steps += 1
+            assert steps < 20_000, "livelock"
+        self.take_finished()
+        assert self.pool.free_count == self.pool.num_blocks
+        assert self.terminal.keys() == self.accepted.keys()
+        for request_id, message in self.accepted.items():
+            self.check_text(message, self.output[request_id], self.terminal[request_id])
+
+    def check_text(self, message: AddRequest, output: list[int], finished: Finished) -> None:
+        params: SamplingParams = message.params
+        prompt = [int.from_bytes(message.prompt[i : i + 4], "little") for i in range(0, len(message.prompt), 4)]
+        alone, reason = run_alone(prompt, params, self.limit)
+        if finished.reason is FinishReason.ABORT:
+            assert output == alone[: len(output)]
+            return
+        assert (output, finished.reason) == (alone, reason)
+        if reason is FinishReason.STOP:
+            assert finished.stop_token_id == output[-1]
+        if reason is FinishReason.ERROR:
+            assert finished.code == "nan_logits"

@@ -8,8 +8,8 @@ from typing import Any
 
 REQUIRED: Any = object()
 """Default of a field whose absence is an error."""
-_MAX_JSON_BYTES = 64 << 20
-"""An index of a 1T model is 10 MB; a config is a few KB."""
+_MAX_JSON_BYTES = 16 << 20
+"""The index of a 1T model is 8 MB; a config is a few KB."""
 
 
 class CheckpointError(ValueError):

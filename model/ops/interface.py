@@ -15,6 +15,7 @@ from torch import Tensor
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
+from model.rotary import Rotation
 
 
 class SwigluWeights(NamedTuple):
@@ -35,25 +36,17 @@ class Routing(NamedTuple):
     """[T, k] float32: normalised and scaled as the config says."""
 
 
-class Rotation(NamedTuple):
-    """cos and sin of every token's angles, times YaRN's amplitude."""
-
-    cos: Tensor
-    """[T, dr / 2] float32"""
-    sin: Tensor
-    """[T, dr / 2] float32"""
-
-
 class StepAttention(Protocol):
     """Attention of one step: what depends only on the step's rows was prepared when it was made."""
 
-    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
-        """q_nope [T, H, dn], q_rope [T, H, dr] (rotated), w_uk [H, dn, r], w_uv [H, dv, r] -> [T, H, dv].
+    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor) -> Tensor:
+        """q_nope [T, H, dn], q_rope [T, H, dr] (rotated), kv_b [H, dn + dv, r] (W_UK then W_UV) -> [T, H, dv].
 
         Every token sees the tokens of its row at its own position and before, all read from the latent
         cache (`rope_and_cache` of this layer ran before). How is the implementation's choice, row by row:
-        absorbed (the paper's 2.1.2: queries carried into the latent space, nothing expanded; the only
-        decode path) or expanded (keys and values rebuilt from latents; fewer operations for long chunks).
+        `mla_attention`, absorbed (DeepSeek-V2, 2.1.2: queries are carried into the latent space, nothing is
+        expanded; the only form for decoding), or `mla_prefill`, expanded (keys and values are rebuilt from
+        latents; fewer operations for long chunks).
         """
         ...
 
@@ -89,7 +82,7 @@ class Ops(Protocol):
         """
         ...
 
-    def attention(self, step: StepInputs, cache: LatentCache, softmax_scale: float) -> StepAttention:
+    def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> StepAttention:
         """Prepares what all layers' attention of this step share; called once a step."""
         ...
 

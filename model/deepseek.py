@@ -1,0 +1,226 @@
+"""The DeepSeek-V2 network, written once (DeepSeek-V2, arXiv 2405.04434, 2; DeepSeek-V3, arXiv 2412.19437, 2.1).
+
+Multi-head latent attention and mixture of experts; V3, Moonlight and Kimi-K2 differ only in the router and
+the numbers. Modules hold parameters under the names of the published checkpoints and nothing else: cache,
+rows and angles are arguments. T tokens of a step lie ragged in one batch; D hidden_size, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from model.config import DeepseekConfig
+from model.inputs import StepInputs
+from model.latent_cache import LatentCache
+from model.ops.interface import Ops, StepAttention, SwigluWeights
+from model.rotary import Rotation, inverse_frequencies, rotation
+
+LATENT_NORM_EPS = 1e-6
+"""Of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says: the published code never passes it to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the layers of one forward pass share."""
+
+    cache: LatentCache
+    slot_mapping: Tensor
+    rotation: Rotation
+    attention: StepAttention
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """Uninitialised: the loader writes every parameter, and untouched memory costs nothing until then."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Weight(nn.Module):
+    """What a checkpoint calls a linear layer, a norm or an embedding: `weight`, and `bias` where there is one."""
+
+    def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = _empty(*shape, dtype=dtype, device=device)
+        self.bias = _empty(shape[0], dtype=dtype, device=device) if bias else None
+
+
+class DeepseekAttention(nn.Module):
+    """Multi-head latent attention: keys and values of all heads come from one latent of width kv_lora_rank."""
+
+    kv_b: Tensor
+    """[H, dn + dv, r], a view of kv_b_proj: each head's W_UK, then its W_UV."""
+
+    def __init__(
+        self, config: DeepseekConfig, ops: Ops, layer: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.config, self.ops, self.layer = config, ops, layer
+        weight = partial(Weight, dtype=dtype, device=device)
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = weight(heads * config.qk_head_dim, hidden)
+        else:
+            self.q_a_proj = weight(config.q_lora_rank, hidden, bias=bias)
+            self.q_a_layernorm = weight(config.q_lora_rank)
+            self.q_b_proj = weight(heads * config.qk_head_dim, config.q_lora_rank)
+        self.kv_a_proj_with_mqa = weight(config.latent_dim, hidden, bias=bias)
+        self.kv_a_layernorm = weight(config.kv_lora_rank)
+        self.kv_b_proj = weight(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
+        self.o_proj = weight(hidden, heads * config.v_head_dim, bias=bias)
+
+    def prepare(self) -> None:
+        self.kv_b = self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """[T, D] -> [T, D]."""
+        config, linear = self.config, self.ops.linear
+        if config.q_lora_rank is None:
+            q = linear(x, self.q_proj.weight)
+        else:
+            q_a = linear(x, self.q_a_proj.weight, self.q_a_proj.bias)
+            q_a = self.ops.rms_norm(q_a, self.q_a_layernorm.weight, LATENT_NORM_EPS)
+            q = linear(q_a, self.q_b_proj.weight)
+        q = q.view(len(x), config.num_attention_heads, -1)
+        q_nope, q_rope = torch.split(q, (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=2)
+        kv = linear(x, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
+        q_rope = self.ops.rope_and_cache(
+            q_rope,
+            kv,
+            self.kv_a_layernorm.weight,
+            LATENT_NORM_EPS,
+            step.rotation,
+            step.slot_mapping,
+            step.cache,
+            self.layer,
+        )
+        attended = step.attention(self.layer, q_nope, q_rope, self.kv_b)
+        return linear(attended.flatten(1), self.o_proj.weight, self.o_proj.bias)
+
+
+class DeepseekMLP(nn.Module):
+    def __init__(
+        self, hidden: int, intermediate: int, ops: Ops, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.ops = ops
+        weight = partial(Weight, dtype=dtype, device=device)
+        self.gate_proj = weight(intermediate, hidden)
+        self.up_proj = weight(intermediate, hidden)
+        self.down_proj = weight(hidden, intermediate)
+
+    @property
+    def weights(self) -> SwigluWeights:
+        return SwigluWeights(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.mlp(x, self.weights)
+
+
+class Router(nn.Module):
+    """Float32 whatever the run dtype is: a rounded score would send a token to other experts."""
+
+    def __init__(self, config: DeepseekConfig, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = _empty(config.n_routed_experts, config.hidden_size, dtype=torch.float32, device=device)
+        self.e_score_correction_bias = None
+        if config.topk_method == "noaux_tc":
+            self.e_score_correction_bias = _empty(config.n_routed_experts, dtype=torch.float32, device=device)
+
+
+class RoutedExperts(nn.Module):
+    """All experts of a layer, stacked: gate_up_proj [E, 2I, D] (gate rows first), down_proj [E, D, I]."""
+
+    def __init__(self, config: DeepseekConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = _empty(experts, 2 * width, hidden, dtype=dtype, device=device)
+        self.down_proj = _empty(experts, hidden, width, dtype=dtype, device=device)
+
+
+class DeepseekMoE(nn.Module):
+    def __init__(self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.gate = Router(config, device)
+        self.experts = RoutedExperts(config, dtype, device)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = DeepseekMLP(config.hidden_size, width, ops, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self.ops.router(x, self.gate.weight, self.gate.e_score_correction_bias, self.config)
+        shared = None if self.shared_experts is None else self.shared_experts.weights
+        return self.ops.moe(x, routing, self.experts.gate_up_proj, self.experts.down_proj, shared)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self, config: DeepseekConfig, ops: Ops, layer: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.ops, self.eps = ops, config.rms_norm_eps
+        self.input_layernorm = Weight(config.hidden_size, dtype=dtype, device=device)
+        self.self_attn = DeepseekAttention(config, ops, layer, dtype, device)
+        self.post_attention_layernorm = Weight(config.hidden_size, dtype=dtype, device=device)
+        self.mlp: DeepseekMoE | DeepseekMLP
+        if config.is_moe_layer(layer):
+            self.mlp = DeepseekMoE(config, ops, dtype, device)
+        else:
+            self.mlp = DeepseekMLP(config.hidden_size, config.intermediate_size, ops, dtype, device)
+
+    def forward(self, h: Tensor, step: Step) -> Tensor:
+        h = h + self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm.weight, self.eps), step)
+        return h + self.mlp.forward(self.ops.rms_norm(h, self.post_attention_layernorm.weight, self.eps))
+
+
+class DeepseekModel(nn.Module):
+    def __init__(self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, ops, layer, dtype, device) for layer in layers)
+        self.norm = Weight(config.hidden_size, dtype=dtype, device=device)
+
+
+class DeepseekForCausalLM(nn.Module):
+    """The whole network. Parameters are uninitialised until a loader wrote them and called `prepare`."""
+
+    def __init__(
+        self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.model = DeepseekModel(config, ops, dtype, device)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Weight(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.inv_freq = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(device)
+
+    def prepare(self) -> None:
+        """Derives from the loaded parameters what `forward` reads beside them; no copies."""
+        for module in self.modules():
+            if isinstance(module, DeepseekAttention):
+                module.prepare()
+
+    def forward(self, inputs: StepInputs, cache: LatentCache) -> Tensor:
+        """Writes the latents of the step's tokens to the cache; returns their final hidden states [T, D], normed."""
+        yarn = self.config.rope.yarn
+        step = Step(
+            cache,
+            inputs.slot_mapping,
+            rotation(inputs.positions, self.inv_freq, 1.0 if yarn is None else yarn.amplitude),
+            self.ops.attention(inputs, cache, self.config),
+        )
+        h = self.model.embed_tokens.weight[inputs.token_ids]
+        for layer in self.model.layers:
+            h = layer(h, step)
+        return self.ops.rms_norm(h, self.model.norm.weight, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, D] -> [S, vocab_size] float32."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return self.ops.linear(hidden, head.weight).float()

@@ -1,0 +1,58 @@
+"""The operations in plain torch: exact in float32, on every device; what other implementations are compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import DeepseekConfig
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.eager import experts
+from model.ops.eager.attention import EagerAttention
+from model.ops.interface import Routing, SwigluWeights
+from model.rotary import Rotation, rotate_pairs
+
+
+class EagerOps:
+    name = "eager"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def rope_and_cache(
+        self,
+        q_rope: Tensor,
+        kv: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        rotation: Rotation,
+        slot_mapping: Tensor,
+        cache: LatentCache,
+        layer: int,
+    ) -> Tensor:
+        rank = norm_weight.shape[0]
+        latent = self.rms_norm(kv[:, :rank], norm_weight, eps)
+        turned = rotate_pairs(torch.cat((q_rope, kv[:, None, rank:]), dim=1), rotation)
+        block = slot_mapping // BLOCK_SIZE
+        row = (block * cache.num_layers + layer) * BLOCK_SIZE + slot_mapping % BLOCK_SIZE
+        cache.data.view(-1, kv.shape[1]).index_copy_(0, row, torch.cat((latent, turned[:, -1]), dim=1))
+        return turned[:, :-1]
+
+    def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> EagerAttention:
+        return EagerAttention(step, cache, config)
+
+    def mlp(self, x: Tensor, weights: SwigluWeights) -> Tensor:
+        return experts.mlp(x, weights)
+
+    def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
+        return experts.router(x, weight, correction_bias, config)
+
+    def moe(
+        self, x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, shared: SwigluWeights | None
+    ) -> Tensor:
+        return experts.moe(x, routing, gate_up_proj, down_proj, shared)

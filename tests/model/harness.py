@@ -1,0 +1,100 @@
+"""Drives the network by hand, as a scheduler would: rows, block tables and steps without a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.config import load_config
+from model.deepseek import DeepseekForCausalLM
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.eager.ops import EagerOps
+from tests.checkpoints import read_tensors, stack_experts
+
+NUM_BLOCKS = 160
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> DeepseekForCausalLM:
+    """The network with a checkpoint's weights, without the streaming loader: every name must fit."""
+    config = load_config(path)
+    model = DeepseekForCausalLM(config, EagerOps(), dtype)
+    tensors = stack_experts(read_tensors(path), config)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+    model.prepare()
+    return model
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+
+
+class Driver:
+    """A cache full of NaN (whatever is read before it is written shows) and free blocks in random order."""
+
+    def __init__(self, model: DeepseekForCausalLM, num_blocks: int = NUM_BLOCKS, seed: int = 0) -> None:
+        config = model.config
+        self.model = model
+        dtype = model.model.norm.weight.dtype
+        self.cache = LatentCache(num_blocks, config.num_hidden_layers, config.latent_dim, dtype)
+        self.cache.data.fill_(torch.nan)
+        generator = torch.Generator().manual_seed(seed)
+        self.free = torch.randperm(num_blocks, generator=generator).tolist()
+
+    def step(self, work: Sequence[tuple[Row, int]]) -> list[Tensor]:
+        """Runs the next `n` tokens of each row, all in one batch; log-probabilities [n, V] of each."""
+        for row, num_tokens in work:
+            while len(row.blocks) * BLOCK_SIZE < row.num_computed + num_tokens:
+                row.blocks.append(self.free.pop())
+        spans = [(row, range(row.num_computed, row.num_computed + n)) for row, n in work]
+        query_start = [0]
+        for _, span in spans:
+            query_start.append(query_start[-1] + len(span))
+        tables = torch.full((len(work), max(len(row.blocks) for row, _ in work)), 10**6, dtype=torch.int32)
+        for i, (row, _) in enumerate(spans):
+            tables[i, : len(row.blocks)] = torch.tensor(row.blocks)
+        inputs = StepInputs(
+            token_ids=torch.tensor([row.tokens[i] for row, span in spans for i in span]),
+            positions=torch.tensor([i for _, span in spans for i in span]),
+            slot_mapping=torch.tensor(
+                [row.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for row, span in spans for i in span]
+            ),
+            query_start=query_start,
+            context_lens=[span.stop for _, span in spans],
+            block_tables=tables,
+            sample_index=torch.tensor(query_start[1:]) - 1,
+        )
+        hidden = self.model(inputs, self.cache)
+        assert hidden.shape[0] == query_start[-1]
+        logprobs = self.model.logits(hidden).log_softmax(-1)
+        for row, num_tokens in work:
+            row.num_computed += num_tokens
+        return list(logprobs.split([n for _, n in work]))
+
+    def run(self, tokens: list[int], chunk: int) -> Tensor:
+        """A whole prompt alone, in chunks; log-probabilities of all positions [T, V]."""
+        row = Row(tokens)
+        parts = [self.step([(row, min(chunk, len(tokens) - start))])[0] for start in range(0, len(tokens), chunk)]
+        self.release(row)
+        return torch.cat(parts)
+
+    def release(self, row: Row) -> None:
+        self.free += row.blocks
+        row.blocks = []
+
+
+def chunks(total: int, size: int) -> Iterator[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def random_tokens(num: int, vocab_size: int, seed: int = 0) -> list[int]:
+    return torch.randint(vocab_size, (num,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +87,12 @@ class Checkpoint:
             sizes[tensor.dtype] += tensor.nbytes
         return DTYPES[sizes.most_common(1)[0][0]]
 
+    def by_file(self) -> dict[Path, list[TensorInfo]]:
+        files: dict[Path, list[TensorInfo]] = {}
+        for tensor in self.tensors.values():
+            files.setdefault(tensor.file, []).append(tensor)
+        return files
+
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits that tell this model from another, a fine-tune of the same shape included.
@@ -96,7 +101,7 @@ class Checkpoint:
         tensor: cheap where hashing all of the content would take as long as loading it.
         """
         digest = hashlib.sha256(repr(self.config).encode())
-        for file, tensors in _by_file(self.tensors.values()).items():
+        for file, tensors in self.by_file().items():
             with file.open("rb") as stream:
                 for tensor in tensors:
                     digest.update(repr((tensor.name, tensor.dtype, tensor.shape)).encode())
@@ -266,13 +271,6 @@ def _compare_tied(embedding: TensorInfo, lm_head: TensorInfo) -> None:
             samples.append((tensor.shape, tensor.dtype, _sample(stream.fileno(), tensor)))
     if samples[0] != samples[1]:
         logger.warning("%s: lm_head.weight differs from the embedding it is tied to and is ignored", lm_head.file)
-
-
-def _by_file(tensors: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
-    files: dict[Path, list[TensorInfo]] = {}
-    for tensor in tensors:
-        files.setdefault(tensor.file, []).append(tensor)
-    return files
 
 
 def _sample(descriptor: int, tensor: TensorInfo) -> bytes:

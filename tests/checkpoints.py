@@ -155,12 +155,12 @@ def make_checkpoint(
     ids = {name: values[name] for name in ("bos_token_id", "eos_token_id") if name in values}
     (path / "generation_config.json").write_text(json.dumps(ids | (generation or {}), indent=2))
     config = load_config(path)
-    tensors = {
-        name: tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
-        for name, tensor in random_weights(config, seed).items()
-    }
-    if router_dtype is not None:
-        tensors |= {name: value.to(router_dtype) for name, value in tensors.items() if name.endswith("mlp.gate.weight")}
+    tensors = random_weights(config, seed)
+    for name, tensor in tensors.items():
+        if name.endswith(".mlp.gate.weight"):
+            tensors[name] = tensor.to(router_dtype or dtype)
+        elif not name.endswith(".e_score_correction_bias"):  # float32 in every published file
+            tensors[name] = tensor.to(dtype)
     write_tensors(path, stack_experts(tensors, config) if layout == "stacked" else tensors, shards)
     return path
 

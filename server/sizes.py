@@ -33,3 +33,11 @@ def format_size(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def format_count(count: int) -> str:
+    """`15.7 B`: thousands, millions and billions as the field writes parameter counts."""
+    for unit, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)

@@ -1,0 +1,67 @@
+"""What the operator reads when the daemon is ready: what runs, where, with how much room, and how to try it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shlex
+import socket
+from importlib.metadata import version
+
+from model.config import DeepseekConfig
+from model.json_file import read_json_object
+from scheduler.messages import EngineReady
+from server.settings import Settings
+from server.sizes import format_count, format_size
+
+
+def ready_text(
+    settings: Settings, config: DeepseekConfig, ready: EngineReady, listener: socket.socket, seconds: float
+) -> str:
+    name = settings.served_model_name[0]
+    tokens = ready.num_blocks * ready.block_size
+    url = base_url(settings.host, listener.getsockname()[1])
+    lines = [
+        f"latentd {version('latentd')} serves {name} at {url}/v1 (ready after {seconds:.1f} s)",
+        f"  model   {ready.model_type}, {format_count(config.num_parameters())} parameters, "
+        f"{format_count(config.num_active_parameters())} active a token; "
+        f"{format_size(ready.weight_bytes)} in {ready.dtype}",
+        f"  runs    on {ready.device} with the {ready.ops} operations; "
+        f"{ready.max_num_seqs} requests at a time, {ready.max_num_batched_tokens} tokens a step",
+        f"  cache   {ready.num_blocks:,} blocks of {ready.block_size} = {tokens:,} tokens, "
+        f"{format_size(tokens * ready.cache_bytes_per_token)}; longest request {ready.max_model_len:,} tokens",
+        f"  try     {_curl(url, name, bool(settings.api_key))}",
+    ]
+    if read_json_object(settings.model / "config.json").get("latentd_untrained"):
+        lines.append(
+            "  note    this model is untrained: its answers are random text. Give a checkpoint folder as MODEL."
+        )
+    if not settings.api_key and not is_loopback(settings.host):
+        lines.append(
+            f"  WARNING listening on {settings.host} without an API key: "
+            "whoever reaches this port can use the model. Set LATENTD_API_KEY or --api-key-file."
+        )
+    return "\n".join(lines)
+
+
+def base_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches the daemon."""
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _curl(url: str, name: str, with_key: bool) -> str:
+    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+    key = '-H "Authorization: Bearer $LATENTD_API_KEY" ' if with_key else ""
+    return (
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' {key}"
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -14,6 +15,24 @@ from scheduler.scheduler import Scheduler, StepResult
 from tests.scheduler.fake_worker import EOS, NAN_SEED_BIT, VOCAB_SIZE, FakeWorker, request_message, run_alone
 
 ABORT = Finished(reason=FinishReason.ABORT)
+PROMPTS = st.builds(
+    lambda family, length, tail: [(family * 7 + i * i) % VOCAB_SIZE for i in range(length)] + tail,
+    st.integers(0, 1),
+    st.integers(1, 24),
+    st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=3),
+)
+"""Two families of prompts that share prefixes of every length."""
+ARRIVALS = st.fixed_dictionaries(
+    {
+        "prompt": PROMPTS,
+        "max_tokens": st.sampled_from([1, 4, 12, 30]),
+        "priority": st.sampled_from([0, 0, 0, 1, 2]),
+        "cache_salt": st.sampled_from(["", "", "", "tenant"]),
+        "seed": st.sampled_from([0, 0, 1, 2, 3, 4, NAN_SEED_BIT]),
+        "stop_token_ids": st.sampled_from([(), (), (3,)]),
+        "ignore_eos": st.booleans(),
+    }
+)
 
 
 class SchedulerStorm(RuleBasedStateMachine):
@@ -33,11 +52,11 @@ class SchedulerStorm(RuleBasedStateMachine):
 
     @initialize(
         depth=st.integers(1, 2),
-        num_blocks=st.integers(1, 12),
+        num_blocks=st.sampled_from([1, 3, 5, 8, 12, 16]),
         block_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 5),
-        budget=st.sampled_from([1, 2, 3, 7, 64]),
-        max_model_len=st.sampled_from([6, 20, 1000]),
+        max_num_seqs=st.sampled_from([1, 2, 4, 6]),
+        budget=st.sampled_from([1, 3, 7, 20, 64]),
+        max_model_len=st.sampled_from([6, 24, 1000]),
         watermark=st.sampled_from([None, 0, 3]),
         prefix_cache=st.sampled_from([True, True, True, False]),
     )
@@ -74,48 +93,18 @@ class SchedulerStorm(RuleBasedStateMachine):
         )
         self.limit = min(max_model_len, num_blocks * block_size + 1)
 
-    @rule(
-        family=st.integers(0, 1),
-        prompt_length=st.integers(1, 24),
-        tail=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=3),
-        max_tokens=st.integers(1, 16),
-        priority=st.sampled_from([0, 0, 0, 1, 2]),
-        salt=st.sampled_from(["", "", "", "tenant"]),
-        seed=st.sampled_from([0, 0, 1, 2, NAN_SEED_BIT]),
-        stop_token_ids=st.sampled_from([(), (3,)]),
-        ignore_eos=st.booleans(),
-    )
-    def add(
-        self,
-        family: int,
-        prompt_length: int,
-        tail: list[int],
-        max_tokens: int,
-        priority: int,
-        salt: str,
-        seed: int,
-        stop_token_ids: tuple[int, ...],
-        ignore_eos: bool,
-    ) -> None:
-        prompt = [(family * 7 + i * i) % VOCAB_SIZE for i in range(prompt_length)] + tail
-        message = request_message(
-            f"r{len(self.accepted)}",
-            prompt,
-            max_tokens=max_tokens,
-            priority=priority,
-            cache_salt=salt,
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-        )
-        refused = self.scheduler.add(self.scheduler.make_request(message))
-        if len(prompt) >= self.limit:
-            assert refused is not None
-            assert refused.code == "context_length_exceeded"
-        else:
-            assert refused is None
-            self.accepted[message.request_id] = message
-            self.output[message.request_id] = []
+    @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
+    def add(self, arrivals: list[dict[str, Any]]) -> None:
+        for arrival in arrivals:
+            message = request_message(f"r{len(self.accepted)}", **arrival)
+            refused = self.scheduler.add(self.scheduler.make_request(message))
+            if len(arrival["prompt"]) >= self.limit:
+                assert refused is not None
+                assert refused.code == "context_length_exceeded"
+            else:
+                assert refused is None
+                self.accepted[message.request_id] = message
+                self.output[message.request_id] = []
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())
@@ -144,7 +133,7 @@ class SchedulerStorm(RuleBasedStateMachine):
         self.worker.processed_step = sampled.step
         self.deliver(self.scheduler.update(sampled))
 
-    @rule(times=st.integers(1, 8))
+    @rule(times=st.integers(1, 12))
     def steps(self, times: int) -> None:
         for _ in range(times):
             self.schedule()

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, settings
 from tests.scheduler.storm import SchedulerStorm
 
 SchedulerStorm.TestCase.settings = settings(
-    max_examples=600,
-    stateful_step_count=30,
+    max_examples=1000,
+    stateful_step_count=40,
     deadline=None,
     derandomize=True,
     database=None,

@@ -13,8 +13,9 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -163,8 +164,8 @@ class _ControlTokens:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         # Some tokenizers list runs of spaces as added tokens: those are text.
-        texts = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        texts = {token for token in tokens if token.strip()}
+        self._pattern = re.compile(_one_of(texts) or "(?!)")
         self._beginnings = {text[:length] for text in texts for length in range(1, len(text))}
         self._longest = max(map(len, texts), default=0)
 
@@ -208,6 +209,19 @@ class _ControlTokens:
             else:
                 yield match.span()
                 position = match.end()
+
+
+def _one_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of the texts, common beginnings shared: the family has 800 that begin with "<｜"."""
+    patterns: list[str] = []
+    for _, group in itertools.groupby(sorted(texts), key=lambda text: text[0]):
+        alike = list(group)
+        shared = os.path.commonprefix(alike)
+        rests = [text[len(shared) :] for text in alike]
+        longer = _one_of(rest for rest in rests if rest)
+        optional = "?" if "" in rests else ""
+        patterns.append(re.escape(shared) + (f"(?:{longer}){optional}" if longer else ""))
+    return "|".join(patterns)
 
 
 def _normalise(message: Message, where: str) -> dict[str, Any]:

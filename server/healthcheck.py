@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import sys
-import urllib.error
 import urllib.request
 
 from server.banner import base_url
-from server.settings import load_settings
+from server.settings import SettingsError, load_settings
 
 TIMEOUT_SECONDS = 2.0
 
 
 def main(argv: list[str]) -> int:
     """Asks `/ready` at the environment's host and port; a port as argument wins, for a daemon that got `--port`."""
-    settings = load_settings({"port": argv[0]} if argv else {})
-    url = f"{base_url(settings.host, settings.port)}/ready"
     try:
+        settings = load_settings({"port": argv[0]} if argv else {})
+        url = f"{base_url(settings.host, settings.port)}/ready"
         # A daemon next door is never asked through the proxy of the environment.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=TIMEOUT_SECONDS):
             return 0
-    except (OSError, urllib.error.URLError) as error:
-        print(f"{url}: {error}", file=sys.stderr)
+    except (OSError, SettingsError) as error:
+        print(f"latentd: not ready: {error}", file=sys.stderr)
         return 1
 
 

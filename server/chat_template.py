@@ -216,7 +216,7 @@ def _one_of(texts: Iterable[str]) -> str:
     patterns: list[str] = []
     for _, group in itertools.groupby(sorted(texts), key=lambda text: text[0]):
         alike = list(group)
-        shared = os.path.commonprefix(alike)
+        shared = os.path.commonprefix(alike)  # noqa: RUF071 (characters are meant, not path components)
         rests = [text[len(shared) :] for text in alike]
         longer = _one_of(rest for rest in rests if rest)
         optional = "?" if "" in rests else ""

@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-CANDIDATES = 1024
-"""Sorting a vocabulary of 100,000 costs far more than finding its largest thousand, which nearly always suffice."""
+CANDIDATES = 512
+"""Sorting a vocabulary of 100,000 costs ten times what finding its largest few hundred does, and those nearly always
+hold all that top_p or min_p keep; where they do not, everything is sorted."""
+SLICE_ELEMENTS = 1 << 20
+"""Rows are drawn for in slices of this many logits: the float64 copies stay in the caches (3 x faster on a CPU)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,24 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
 
     Order, as transformers: penalties, temperature, top_k, top_p, min_p, draw. Equal logits: the lowest id first.
     """
-    lowest, highest = torch.aminmax(logits, dim=-1)
-    finite = torch.isfinite(lowest) & torch.isfinite(highest)
+    finite = torch.isfinite(logits.amin(dim=-1)) & torch.isfinite(logits.amax(dim=-1))
     for penalties in inputs.penalties:
         penalise(logits[penalties.index], penalties)
     chosen = logits.argmax(dim=-1)
     drawn = np.flatnonzero(inputs.temperature > 0)
-    if drawn.size:
-        device = logits.device
-        weights = boltzmann(logits[torch.from_numpy(drawn).to(device)], inputs.temperature[drawn])
-        truncate(weights, inputs.top_k[drawn], inputs.top_p[drawn], inputs.min_p[drawn])
-        uniform = torch.from_numpy(uniforms(inputs.seed[drawn], inputs.position[drawn])).to(device)
-        chosen[torch.from_numpy(drawn).to(device)] = inverse_cdf(weights, uniform)
-    return [token if ok else -1 for token, ok in zip(chosen.tolist(), finite.tolist(), strict=True)]
+    slice_rows = max(1, SLICE_ELEMENTS // logits.shape[1])
+    for first in range(0, drawn.size, slice_rows):
+        rows = drawn[first : first + slice_rows]
+        chosen[torch.from_numpy(rows).to(logits.device)] = draw(logits, inputs, rows)
+    return torch.where(finite, chosen, -1).tolist()
+
+
+def draw(logits: torch.Tensor, inputs: SamplingInputs, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Ids [R] for the given R rows of `logits` [S, V], all with a temperature above 0."""
+    device = logits.device
+    weights = boltzmann(logits[torch.from_numpy(rows).to(device)], inputs.temperature[rows])
+    truncate(weights, inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows])
+    return inverse_cdf(weights, torch.from_numpy(uniforms(inputs.seed[rows], inputs.position[rows])).to(device))
 
 
 def penalise(logits: torch.Tensor, penalties: Penalties) -> None:
@@ -126,8 +134,10 @@ def truncate(
     sizes = limit[restricted]
     width = min(vocab_size, max(CANDIDATES, int(sizes[sizes < vocab_size].max(initial=0)) + 1))
     kept, last = _prefix(rows, rows.topk(width).values, k, p, floor)
-    if width < vocab_size and bool((kept >= width).any()):
-        kept, last = _prefix(rows, rows.sort(dim=-1, descending=True).values, k, p, floor)
+    deep = (kept >= width).flatten().nonzero().flatten()
+    if width < vocab_size and deep.numel():
+        ordered = rows[deep].sort(dim=-1, descending=True).values
+        kept[deep], last[deep] = _prefix(rows[deep], ordered, k[deep], p[deep], floor[deep])
     inside = rows >= last
     if not torch.equal(inside.sum(dim=-1, keepdim=True), kept):
         tied = rows == last

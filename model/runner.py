@@ -1,0 +1,161 @@
+"""The model worker: loads a checkpoint and computes steps. Rows, network, latent cache and sampler meet here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from pathlib import Path
+
+import torch
+
+from model.batch import ForwardBatch, NewRow, SampledTokens, SamplingParams, ScheduledRow
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.config import CheckpointError, load_config
+from model.deepseek import DeepseekForCausalLM
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.memory import available_memory, in_gib, require_memory, weight_bytes_in
+from model.ops.eager.ops import EagerOps
+from model.pool_size import ConfigError, size_pool
+from model.rows import Rows
+from model.sampler import sample
+from model.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelRunner:
+    """One loaded model with its latent pool and `max_num_seqs` rows. Not thread-safe: one thread executes."""
+
+    def __init__(
+        self, model: DeepseekForCausalLM, cache: LatentCache, rows: Rows, checkpoint: Checkpoint, max_model_len: int
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.max_model_len = max_model_len
+        """Longest prompt + output of one request, in tokens."""
+        self.model_type = model.config.model_type
+        self.fingerprint = checkpoint.fingerprint
+        self.vocab_size = model.config.vocab_size
+        self.eos_token_ids = model.config.eos_token_ids
+        self.num_blocks = cache.num_blocks
+        self.cache_bytes_per_token = cache.block_bytes // BLOCK_SIZE
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.device = str(cache.data.device)
+        self.dtype = str(cache.data.dtype).removeprefix("torch.")
+        self.ops = model.ops.name
+        self._rows = rows
+
+    @torch.inference_mode()
+    def execute(self, batch: ForwardBatch) -> SampledTokens:
+        """Compute one step: latents of all its tokens go to the cache, rows with `sample` get their next token.
+
+        Raises ValueError, having computed nothing, where the batch contradicts what the rows hold.
+        """
+        sampled = [scheduled.row for scheduled in batch.rows if scheduled.sample]
+        token_ids: list[int] = []
+        inputs = self.prepare(batch)
+        hidden = self.model(inputs, self.cache)
+        if sampled:
+            logits = self.model.logits(hidden[inputs.sample_index])
+            token_ids = sample(logits, self._rows.sampling_inputs(sampled))
+            self._rows.append(sampled, token_ids)
+        return SampledTokens(step=batch.step, rows=sampled, token_ids=token_ids)
+
+    def prepare(self, batch: ForwardBatch) -> StepInputs:
+        """Apply `batch` to the rows and gather what the network reads."""
+        self._rows.update(batch)
+        return self._rows.step_inputs(batch, self.cache.data.device)
+
+    def warm_up(self, max_num_tokens: int) -> None:
+        """Prefill and decode once on row 0 and block 0, the way every request goes; then both are free again.
+
+        Raises CheckpointError if what comes out is not finite.
+        """
+        num_tokens = min(max_num_tokens, min(BLOCK_SIZE, self.max_model_len) - 1)
+        token = self.model.config.bos_token_id or 0
+        params = SamplingParams(max_tokens=2, seed=0, top_p=0.9)
+        new = NewRow(row=0, tokens=array("I", [token] * num_tokens), num_prompt_tokens=num_tokens, params=params)
+        prefill = ScheduledRow(row=0, start=0, num_tokens=num_tokens, new_blocks=[0], sample=True)
+        decode = ScheduledRow(row=0, start=num_tokens, num_tokens=1, sample=True)
+        outcome = self.execute(ForwardBatch(step=-2, rows=[prefill], new_rows=[new])).token_ids
+        outcome += self.execute(ForwardBatch(step=-1, rows=[decode])).token_ids
+        self._rows.update(ForwardBatch(step=-1, rows=[], released_rows=[0]))
+        if min(outcome) < 0:
+            raise CheckpointError(f"the network's logits are not finite in {self.dtype}: wrong weights, or an overflow")
+
+
+def load_runner(
+    model_dir: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 512,
+    num_blocks: int | None = None,
+    kv_cache_memory: int | None = None,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> ModelRunner:
+    """Load a checkpoint folder and answer once; options as in `scheduler.config.EngineConfig`.
+
+    Everything that can be refused is refused before memory is taken: CheckpointError or ConfigError, one line.
+    """
+    torch.set_num_threads(num_threads or usable_cores())
+    config = load_config(model_dir)
+    checkpoint = open_checkpoint(model_dir, config)
+    torch_device = _choose_device(device)
+    dtype = _choose_dtype(dtype, checkpoint.file_dtype)
+    torch_dtype = _DTYPES[dtype]
+    available = available_memory() if torch_device.type == "cpu" else torch.cuda.mem_get_info(torch_device)[0]
+    require_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE)
+    weight_bytes = weight_bytes_in(config, dtype)
+    size = size_pool(
+        config,
+        free_bytes=available - weight_bytes,
+        itemsize=torch_dtype.itemsize,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        kv_cache_memory=kv_cache_memory,
+    )
+    model = DeepseekForCausalLM(config, EagerOps(), torch_dtype, torch_device)
+    load_weights(model, checkpoint, torch_dtype, torch_device, progress)
+    model.prepare()
+    cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
+    runner = ModelRunner(model, cache, Rows(max_num_seqs, size.max_model_len), checkpoint, size.max_model_len)
+    runner.warm_up(max_num_batched_tokens)
+    logger.info(
+        "%s in %s on %s: %s of weights, %s of latent cache (%d blocks of %d tokens), at most %d tokens a request",
+        *(config.model_type, dtype, torch_device, in_gib(runner.weight_bytes)),
+        *(in_gib(cache.block_bytes * size.num_blocks), size.num_blocks, BLOCK_SIZE, size.max_model_len),
+    )
+    return runner
+
+
+def usable_cores() -> int:
+    """Cores this process may run on at once: its affinity, or less where a container's CPU quota says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch finds no usable GPU here")
+    return torch.device(device)
+
+
+def _choose_dtype(dtype: str, file_dtype: str) -> str:
+    if dtype == "auto":
+        return "float32" if file_dtype == "float32" else "bfloat16"
+    return dtype

@@ -134,8 +134,8 @@ def open_checkpoint(model_dir: Path, config: DeepseekConfig) -> Checkpoint:
 
 def read_header(file: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes; every claim is checked against its size."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
+    if not file.is_file():  # a named pipe would block
+        raise CheckpointError(f"{file}: not a file")
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -95,7 +95,7 @@ class EngineClient:
         self.unknown_ids = 0
         """Outputs for requests that are not open here: what was under way when they were aborted."""
         self._config = config
-        self._on_stats = on_stats
+        self.on_stats = on_stats
         self._command = command
         self._streams: dict[str, RequestStream] = {}
         self._channel: ClientChannel | None = None
@@ -233,8 +233,8 @@ class EngineClient:
 
     def _take_stats(self, stats: EngineStats) -> None:
         self.stats = stats
-        if self._on_stats is not None:
-            self._on_stats(stats)
+        if self.on_stats is not None:
+            self.on_stats(stats)
 
     def _on_ready(self, ready: EngineReady) -> None:
         if ready.protocol != PROTOCOL_VERSION:

@@ -1,0 +1,80 @@
+"""The ASGI application: routes and middleware around one engine. Torch-free."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from random import Random, SystemRandom
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from model.config import load_generation_defaults
+from scheduler.messages import EngineStats
+from server import openapi
+from server.admission import AdmissionGate
+from server.chat_template import load_chat_template
+from server.engine_client import EngineClient
+from server.errors import ApiError, handle_error
+from server.generation import Generator
+from server.metrics import Metrics
+from server.middleware import BodyMiddleware, DoorMiddleware, RequestMiddleware, is_loopback
+from server.routes.chat import chat_router
+from server.routes.completions import completions_router
+from server.routes.models import models_router
+from server.routes.operations import operations_router
+from server.served import ServedModel
+from server.settings import Settings
+from server.tokenizer import Tokenizer
+
+
+def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+    """The application that serves `settings.model` with `engine`, which need not be ready yet.
+
+    Takes over the engine's `on_stats`. Raises CheckpointError for a bad generation_config.json, TemplateError for a
+    chat template that does not compile.
+    """
+    template = load_chat_template(tokenizer)
+    served = ServedModel(settings.served_model_name, engine)
+    metrics = Metrics(served.names[0])
+    metrics.unauthenticated.set(not settings.api_key and not is_loopback(settings.host))
+    gate = AdmissionGate(settings.max_open_requests)
+
+    def observe(stats: EngineStats) -> None:
+        metrics.observe(stats)
+        gate.observe(stats)
+
+    engine.on_stats = observe
+    generator = Generator(
+        engine=engine,
+        tokenizer=tokenizer,
+        gate=gate,
+        metrics=metrics,
+        defaults=load_generation_defaults(settings.model),
+        seeds=SystemRandom() if settings.seed is None else Random(settings.seed),
+    )
+    app = FastAPI(
+        title="latentd",
+        version=version("latentd"),
+        description="DeepSeek-V2-family models over the OpenAI API.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestMiddleware, metrics=metrics),
+            Middleware(DoorMiddleware, api_keys=settings.api_key, host=settings.host),
+            Middleware(BodyMiddleware),
+        ],
+        exception_handlers={
+            ApiError: handle_error,
+            HTTPException: handle_error,
+            RequestValidationError: handle_error,
+        },
+    )
+    app.include_router(chat_router(generator, template, served))
+    app.include_router(completions_router(generator, served))
+    app.include_router(models_router(served))
+    app.include_router(operations_router(generator, metrics, app.version))
+    openapi.install(app)
+    return app

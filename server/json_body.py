@@ -1,0 +1,75 @@
+"""From the bytes of a request to a validated model: strict JSON, named refusals, nothing echoed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from server.errors import BadRequest, UnsupportedMediaType, UnsupportedParameter, invalid_fields
+
+Model = TypeVar("Model", bound=BaseModel)
+
+Neutral = Mapping[str, Sequence[object]]
+"""Field that is known and not built -> the values beside null that ask for nothing."""
+
+_MAX_NEUTRAL_BYTES = 64
+"""No neutral value is longer; a longer one is not even decoded."""
+_MAX_HEADER_NAMES = 32
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+async def read_body(request: Request, model: type[Model], unsupported: Neutral) -> tuple[Model, list[str]]:
+    """The validated body, and the names of the fields that nothing here reads.
+
+    Raises BadRequest for anything that is not strict JSON of the model's shape (NaN and Infinity are not JSON),
+    UnsupportedParameter for a field of `unsupported` with a value that is not neutral, UnsupportedMediaType.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaType("The body must be JSON: send 'Content-Type: application/json'.")
+    return parse_body(await request.body(), model, unsupported)
+
+
+def parse_body(body: bytes, model: type[Model], unsupported: Neutral) -> tuple[Model, list[str]]:
+    """`read_body` without the transport."""
+    try:
+        # Only the top level: the values stay undecoded bytes, so this costs no memory. pydantic alone would accept NaN
+        # in fields it ignores and does not say which fields those are.
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        raise BadRequest("The body must be a JSON object.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise BadRequest("The body is not valid JSON.") from None
+    for name in unsupported.keys() & fields.keys():
+        if not _is_neutral(fields[name], unsupported[name]):
+            raise UnsupportedParameter(f"'{name}' is not supported by this server with this value.", param=name)
+    try:
+        parsed = model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[:1]
+        if first[0]["type"] == "json_invalid":
+            raise BadRequest("The body is not valid JSON, or is nested too deeply.") from None
+        raise invalid_fields(first) from None
+    return parsed, [name for name in fields if name not in model.model_fields and name not in unsupported]
+
+
+def ignored_header(names: list[str]) -> dict[str, str]:
+    """`X-Ignored-Params` for the answer: at most 32 names, of characters that are safe in a header."""
+    shown = [name if _NAME.fullmatch(name) else "?" for name in names[:_MAX_HEADER_NAMES]]
+    if len(names) > _MAX_HEADER_NAMES:
+        shown.append("...")
+    return {"X-Ignored-Params": ", ".join(shown)} if shown else {}
+
+
+def _is_neutral(raw: msgspec.Raw, neutral: Sequence[object]) -> bool:
+    text = bytes(raw)
+    if len(text) > _MAX_NEUTRAL_BYTES:
+        return False
+    value = msgspec.json.decode(text)
+    # The types too: in Python, 0 == False and 1 == True.
+    return value is None or any(value == each and type(value) is type(each) for each in neutral)

@@ -1,0 +1,214 @@
+"""What every request passes, as plain ASGI: nothing here buffers an answer or hides a disconnect.
+
+RequestMiddleware    id, record, one log line, one count, and the answer to every exception
+DoorMiddleware       sizes of the headers, the Host, the key
+BodyMiddleware       size and pace of the body
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from sse_starlette.sse import SendTimeoutError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import limits
+from server.errors import (
+    ApiError,
+    BadRequest,
+    ClientDisconnected,
+    ForbiddenHost,
+    HeadersTooLarge,
+    PayloadTooLarge,
+    RequestTimeout,
+    Unauthorized,
+    as_api_error,
+    error_response,
+)
+from server.metrics import Metrics
+from server.record import RequestRecord
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+OPEN_PATHS = frozenset({"/health", "/livez", "/ready", "/version", "/metrics"})
+"""Answered without a key, and not logged at INFO: they are polled."""
+BODY_SECONDS = 30.0
+BODY_BYTES_PER_SECOND = 256 * 1024
+"""A body may take BODY_SECONDS, and a second more for each so many bytes of it that came."""
+
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{limits.MAX_REQUEST_ID.maximum:.0f}}}")
+
+
+class RequestMiddleware:
+    """The outermost: whatever happens inside, the client gets an answer with an id and the log gets one line."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        asked = Headers(scope=scope).get("x-request-id", "")
+        record = RequestRecord(asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["record"] = record
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except (ClientDisconnect, ClientDisconnected, SendTimeoutError):
+            status = ClientDisconnected.status
+        except Exception as exc:
+            error = as_api_error(exc, record.request_id)
+            if not isinstance(exc, ApiError):
+                logger.exception("request %s failed", record.request_id)
+            if status == 0:
+                await error_response(error)(scope, receive, send_with_id)
+            else:
+                status = error.status  # too late for the client: the answer has begun
+        except asyncio.CancelledError:
+            status = status or ClientDisconnected.status
+            raise
+        finally:
+            record.handler = getattr(scope.get("route"), "path", "other")
+            self._metrics.on_http(record.handler, _method(scope), status)
+            _log(scope, record, status, time.monotonic() - started)
+
+
+class DoorMiddleware:
+    """Refuses before anything of the request is read: deny by default, decided on the decoded path alone."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], host: str) -> None:
+        """`host`: the address the server is bound to."""
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        # Without a key, the only fence around a local server is the browser's: a page of a foreign site that points
+        # its own name at 127.0.0.1 passes it, but not this list.
+        self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if not api_keys and is_loopback(host) else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._check(scope)
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        raw = scope["headers"]
+        if len(raw) > limits.MAX_HEADERS.maximum:
+            raise HeadersTooLarge("The request has too many headers.")
+        if sum(len(name) + len(value) for name, value in raw) > limits.MAX_HEADER_BYTES.maximum:
+            raise HeadersTooLarge("The headers of the request are too large.")
+        headers = Headers(scope=scope)
+        host = headers.get("host")
+        if host is None:
+            raise BadRequest("The Host header is missing.")
+        if self._hosts is not None and _host_name(host) not in self._hosts:
+            raise ForbiddenHost("This server answers under its local names only; set an API key to lift this.")
+        if self._digests and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS:
+            self._check_key(headers)
+
+    def _check_key(self, headers: Headers) -> None:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        # All of them, so that the time does not tell which one matched.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if True not in matches:
+            raise Unauthorized(
+                "You did not provide an API key: send 'Authorization: Bearer KEY'."
+                if not key
+                else "Incorrect API key provided."
+            )
+
+
+class BodyMiddleware:
+    """Bounds the body by what really arrives, chunked or not, before anything parses it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = int(limits.MAX_BODY_BYTES.maximum)
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > limit:
+            raise _too_large(limit)
+        size = 0
+        complete = False
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+
+        async def receive_bounded() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()  # only the disconnect is left, and that may take as long as the answer
+            try:
+                async with asyncio.timeout_at(deadline + size / BODY_BYTES_PER_SECOND):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout("The body of the request came too slowly.") from None
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if size > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, receive_bounded, send)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The body of a request may have {limit} bytes at most.")
+
+
+def _host_name(host: str) -> str:
+    """`[::1]:8000` -> `::1`, `localhost:8000` -> `localhost`."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _method(scope: Scope) -> str:
+    method = scope["method"]
+    return method if method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH") else "other"
+
+
+def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+    level = logging.DEBUG if record.handler in OPEN_PATHS else logging.INFO
+    if not access_logger.isEnabledFor(level):
+        return
+    line = f"{_method(scope)} {record.handler} {status} {seconds * 1000:.1f} ms id={record.request_id}"
+    if record.prompt_tokens:
+        first = "-" if record.first_token_seconds is None else f"{record.first_token_seconds * 1000:.1f} ms"
+        line += (
+            f" prompt={record.prompt_tokens} cached={record.cached_tokens} completion={record.completion_tokens}"
+            f" finish={record.finish_reason} first_token={first}"
+        )
+    access_logger.log(level, line)

@@ -1,0 +1,18 @@
+"""OpenAI's error object."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Error(msgspec.Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    """The field the error is about, as a path: `messages[0].content`."""
+    code: str | None
+    """Machine word, e.g. `context_length_exceeded`."""
+
+
+class ErrorResponse(msgspec.Struct, frozen=True, kw_only=True):
+    error: Error

@@ -1,0 +1,132 @@
+"""The fields that both completion endpoints share: how to choose tokens, when to stop, how to answer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from server import limits
+from server.limits import Limit
+
+
+class StrictModel(BaseModel):
+    """No coercion: `true` is not 1, `"1"` is not 1. Fields nobody reads are dropped here and reported by the caller."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+def number(limit: Limit, description: str) -> float | None:
+    """An optional float field with the bounds of its row in the table of limits."""
+    field: float | None = Field(None, ge=limit.minimum, le=limit.maximum, description=description)
+    return field
+
+
+def integer(limit: Limit, description: str) -> int | None:
+    """An optional integer field with the bounds of its row in the table of limits."""
+    assert limit.minimum is not None
+    # As integers: a float cannot hold 2**63 - 1.
+    field: int | None = Field(None, ge=int(limit.minimum), le=int(limit.maximum), description=description)
+    return field
+
+
+def _check_stop(text: str) -> str:
+    if not 1 <= len(text.encode()) <= limits.STOP_BYTES.maximum:
+        raise PydanticCustomError("stop_length", f"Input should have 1 to {limits.STOP_BYTES.maximum:.0f} UTF-8 bytes")
+    return text
+
+
+def _kind_of_stop(value: object) -> str | None:
+    return "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+StopString = Annotated[str, AfterValidator(_check_stop), Field(min_length=1, max_length=int(limits.STOP_BYTES.maximum))]
+# Tags in angle brackets do not appear in the path of an error.
+Stop = Annotated[
+    Annotated[StopString, Tag("<string>")]
+    | Annotated[Annotated[list[StopString], Field(max_length=int(limits.STOPS.maximum))], Tag("<list>")],
+    Discriminator(
+        _kind_of_stop,
+        custom_error_type="stop_type",
+        custom_error_message="Input should be a string or a list of strings",
+    ),
+]
+TokenId = Annotated[int, Field(ge=0, le=int(limits.TOKEN_ID.maximum))]
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool | None = Field(None, description="One more chunk with the usage, before `[DONE]`.")
+    continuous_usage_stats: bool | None = Field(None, description="The usage so far in every chunk.")
+    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is obfuscated.")
+
+
+class SamplingFields(StrictModel):
+    """null counts as absent everywhere. Absent: generation_config.json of the checkpoint, then OpenAI's default."""
+
+    model: str | None = Field(
+        None, max_length=int(limits.MODEL.maximum), description="A served name; default: the first."
+    )
+    max_tokens: int | None = integer(limits.MAX_TOKENS, "Most tokens to generate.")
+    max_completion_tokens: int | None = integer(limits.MAX_TOKENS, "As `max_tokens`, and wins over it.")
+    temperature: float | None = number(limits.TEMPERATURE, "0 is greedy.")
+    top_p: float | None = number(limits.TOP_P, "0 is greedy.")
+    top_k: int | None = integer(limits.TOP_K, "-1 and 0 are off.")
+    min_p: float | None = number(limits.MIN_P, "0 is off.")
+    presence_penalty: float | None = number(limits.PRESENCE_PENALTY, "Over the output.")
+    frequency_penalty: float | None = number(limits.FREQUENCY_PENALTY, "Over the output.")
+    repetition_penalty: float | None = number(limits.REPETITION_PENALTY, "Over prompt and output; 1 is off.")
+    seed: int | None = integer(limits.SEED, "The same request with the same seed gives the same tokens.")
+    stop: Stop | None = Field(None, description="Texts that end the answer; they are not part of it.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=int(limits.STOP_TOKEN_IDS.maximum))] | None = Field(
+        None, description="Tokens that end the answer, beside the model's own."
+    )
+    ignore_eos: bool | None = Field(None, description="The model's end-of-text token does not end the answer.")
+    include_stop_str_in_output: bool | None = Field(None, description="Keep the stop text that matched.")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; default true.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    priority: int | None = integer(limits.PRIORITY, "Lower runs first.")
+    cache_salt: str | None = Field(
+        None,
+        max_length=int(limits.CACHE_SALT.maximum),
+        description="Cached prompt blocks are shared only between requests with the same salt.",
+    )
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
+    "json_schema": (),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "truncate_prompt_tokens": (),
+    "logits_processors": ([],),
+    "lora_request": (),
+    "prompt_embeds": (),
+}
+"""Known to other servers, would change the answer, not built: refused by name unless neutral."""

@@ -45,8 +45,6 @@ def load_weights(
     if dtype is torch.float16 and checkpoint.config.model_type == "deepseek_v2":
         logger.warning("float16 overflows in deep DeepSeek-V2 models; bfloat16 has the range they need")
     parameters = dict(model.state_dict())
-    if checkpoint.config.tie_word_embeddings:
-        parameters.pop("lm_head.weight", None)
     filled: Counter[str] = Counter()
     bar = tqdm(
         total=checkpoint.weight_bytes,

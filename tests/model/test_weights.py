@@ -15,31 +15,23 @@ from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, expected_tensors, load_config
+from model.deepseek import DeepseekForCausalLM
+from model.ops.eager.ops import EagerOps
 from model.weights import load_weights
 from tests.checkpoints import KINDS, make_checkpoint, random_weights, read_tensors, stack_experts, write_tensors
 
 
-class Holder(nn.Module):
-    """Parameters under the network's names, filled with NaN: what is not loaded shows."""
-
-    def __init__(self, config: DeepseekConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        weights = {name: torch.empty(shape, device="meta") for name, shape in expected_tensors(config).items()}
-        for name, tensor in stack_experts(weights, config).items():
-            kept = name.endswith((".mlp.gate.weight", ".e_score_correction_bias"))
-            path, _, leaf = name.rpartition(".")
-            owner: nn.Module = self
-            for part in path.split("."):
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            value = torch.full(tensor.shape, torch.nan, dtype=torch.float32 if kept else dtype)
-            owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+def allocate(config: DeepseekConfig, dtype: torch.dtype = torch.float32) -> DeepseekForCausalLM:
+    """The network filled with NaN: what is not loaded shows."""
+    model = DeepseekForCausalLM(config, EagerOps(), dtype)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    return model
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, progress: bool = False) -> dict[str, Tensor]:
     config = load_config(path)
-    model = Holder(config, dtype)
+    model = allocate(config, dtype)
     load_weights(model, open_checkpoint(path, config), dtype, torch.device("cpu"), progress)
     return dict(model.named_parameters())
 
@@ -104,22 +96,22 @@ def test_a_file_that_shrinks_after_it_was_checked_is_an_error_not_a_signal(tmp_p
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100_000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: has shrunk"):
-        load_weights(Holder(config, torch.float32), checkpoint, torch.float32, torch.device("cpu"), False)
+        load_weights(allocate(config), checkpoint, torch.float32, torch.device("cpu"), False)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: No such file"):
-        load_weights(Holder(config, torch.float32), checkpoint, torch.float32, torch.device("cpu"), False)
+        load_weights(allocate(config), checkpoint, torch.float32, torch.device("cpu"), False)
 
 
 def test_a_network_and_a_checkpoint_that_differ_are_a_programming_error(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "v2")
     config = load_config(path)
     checkpoint = open_checkpoint(path, config)
-    larger = Holder(config, torch.float32)
+    larger = allocate(config)
     larger.register_parameter("extra", nn.Parameter(torch.zeros(3)))
     with pytest.raises(RuntimeError, match=r"not filled exactly once: extra"):
         load_weights(larger, checkpoint, torch.float32, torch.device("cpu"), False)
-    smaller = Holder(config, torch.float32)
-    smaller.get_submodule("model.norm").register_parameter("weight", None)
+    smaller = allocate(config)
+    del smaller.model.norm.weight
     with pytest.raises(RuntimeError, match=r"no parameter for tensor model\.norm\.weight"):
         load_weights(smaller, checkpoint, torch.float32, torch.device("cpu"), False)
 
@@ -150,14 +142,14 @@ torch.set_num_threads(1)
 from model.checkpoint import open_checkpoint
 from model.config import load_config
 from model.weights import load_weights
-from tests.model.test_weights import Holder
+from tests.model.test_weights import allocate
 
 def peak():  # not ru_maxrss, which a child inherits from the process that started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 path = Path(sys.argv[1])
 config = load_config(path)
-model = Holder(config, torch.bfloat16)
+model = allocate(config, torch.bfloat16)
 before = peak()
 load_weights(model, open_checkpoint(path, config), torch.bfloat16, torch.device("cpu"), False)
 print(before, peak(), sum(parameter.nbytes for parameter in model.parameters()))

@@ -83,7 +83,6 @@ class Generator:
         engine = self.engine
         if engine.state is EngineState.READY and engine.ready is not None:
             return engine.ready
-        self._metrics.on_rejection("not_ready")
         match engine.state:
             case EngineState.STARTING:
                 raise Unavailable("Loading model", code="model_loading", retry_after=2)
@@ -96,11 +95,11 @@ class Generator:
         given back and the engine forgets the request.
         """
         arrival = time.monotonic()
-        ready = self.require_ready()
         try:
+            ready = self.require_ready()
             ticket = self._gate.reserve()
-        except Overloaded:
-            self._metrics.on_rejection("open_requests")
+        except Unavailable as error:
+            self._metrics.on_rejection("open_requests" if isinstance(error, Overloaded) else "not_ready")
             raise
         answer = _Answer(job, self.tokenizer, self._metrics, record, arrival)
         submitted = False

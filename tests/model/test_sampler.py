@@ -1,0 +1,271 @@
+"""The sampler against a plain numpy oracle, against transformers' logits processors, and by statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model.sampler import CANDIDATES, SLICE_ELEMENTS, Penalties, SamplingInputs, philox4x32, sample, truncate, uniforms
+
+
+def inputs_of(rows: list[dict[str, Any]]) -> SamplingInputs:
+    """Columns from one dict a row; `penalties` is (tokens, num_prompt_tokens, repetition, presence, frequency)."""
+
+    def column(name: str, default: float, dtype: type) -> NDArray[Any]:
+        return np.array([row.get(name, default) for row in rows], dtype)
+
+    return SamplingInputs(
+        temperature=column("temperature", 1.0, np.float64),
+        top_k=column("top_k", 0, np.int64),
+        top_p=column("top_p", 1.0, np.float64),
+        min_p=column("min_p", 0.0, np.float64),
+        seed=column("seed", 0, np.uint64),
+        position=column("position", 0, np.int64),
+        penalties=[
+            Penalties(i, np.array(row["penalties"][0], np.int32), *row["penalties"][1:])
+            for i, row in enumerate(rows)
+            if "penalties" in row
+        ],
+    )
+
+
+def random_rows(count: int, vocab_size: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        row: dict[str, Any] = {
+            "temperature": float(rng.choice([0.0, 0.3, 1.0, 2.0])),
+            "top_k": int(rng.choice([0, 1, 5, vocab_size, 10 * vocab_size])),
+            "top_p": float(rng.choice([0.05, 0.5, 0.9, 1.0])),
+            "min_p": float(rng.choice([0.0, 0.02, 0.4, 1.0])),
+            "seed": int(rng.integers(2**64, dtype=np.uint64)),
+            "position": i,
+        }
+        if i % 3 == 0:
+            tokens = rng.integers(vocab_size, size=30).tolist()
+            row["penalties"] = (tokens, 12, *(float(x) for x in rng.choice([0.5, 1.0, 1.5, 2.0], 3)))
+        rows.append(row)
+    return rows
+
+
+def oracle_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Salmon et al. 2011, section 3.3, in Python's integers."""
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            second >> 32 ^ counter[1] ^ key[0],
+            second & 0xFFFFFFFF,
+            first >> 32 ^ counter[3] ^ key[1],
+            first & 0xFFFFFFFF,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+def oracle_probabilities(logits: NDArray[np.float32], row: dict[str, Any]) -> NDArray[np.float64]:
+    """One row, one id at a time, as the API documents it; temperature > 0."""
+    scores = logits.copy()
+    if "penalties" in row:
+        tokens, num_prompt_tokens, repetition, presence, frequency = row["penalties"]
+        for token in set(tokens):
+            scores[token] = scores[token] / repetition if scores[token] > 0 else scores[token] * repetition
+        for token in set(tokens[num_prompt_tokens:]):
+            scores[token] -= np.float32(presence + frequency * tokens[num_prompt_tokens:].count(token))
+    if row["temperature"] == 0:
+        return (np.arange(len(scores)) == scores.argmax()).astype(np.float64)
+    exact = np.exp((scores - scores.max()).astype(np.float64) / row["temperature"])
+    order = sorted(range(len(exact)), key=lambda i: (-exact[i], i))
+    if row["top_k"]:
+        order = order[: row["top_k"]]
+    total, mass, kept = sum(exact[i] for i in order), 0.0, []
+    for i in order:
+        if mass < row["top_p"] * total or row["top_p"] == 1.0:
+            kept.append(i)
+        mass += exact[i]
+    kept = [i for i in kept if exact[i] >= row["min_p"] * exact[order[0]]]
+    probabilities = np.zeros(len(exact))
+    probabilities[kept] = exact[kept]
+    return probabilities / probabilities.sum()
+
+
+def oracle_token(logits: NDArray[np.float32], row: dict[str, Any]) -> int:
+    words = oracle_philox([row["position"], 0, 0, 0], [row["seed"] & 0xFFFFFFFF, row["seed"] >> 32])
+    uniform = ((words[0] >> 5) * 2**26 + (words[1] >> 6)) / 2**53
+    return int(np.argmax(np.cumsum(oracle_probabilities(logits, row)) > uniform))
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_its_authors(counter: list[int], key: list[int], expected: list[int]) -> None:
+    """The vectors of Random123's kat_vectors."""
+    words = philox4x32(np.array(counter, np.uint64)[:, None], np.array(key, np.uint64)[:, None])
+    assert words[:, 0].tolist() == expected
+
+
+def test_uniforms_use_all_bits_of_seed_and_position() -> None:
+    seeds = np.array([0, 1, 1 << 31, 1 << 32, 1 << 63, 2**64 - 1], np.uint64)
+    drawn = {float(x) for position in (0, 1, 131_071) for x in uniforms(seeds, np.full(6, position))}
+    assert len(drawn) == 18
+    assert all(0.0 <= x < 1.0 for x in drawn)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 2 * CANDIDATES + 77])
+@pytest.mark.parametrize("spread", [0.05, 3.0])
+def test_mixed_rows_equal_the_oracle(vocab_size: int, spread: float) -> None:
+    """Flat logits make top_p keep more ids than the candidates; rounded ones have ties at every border."""
+    rng = np.random.default_rng(vocab_size)
+    for ties in (False, True):
+        logits = (rng.standard_normal((60, vocab_size)) * spread).astype(np.float32)
+        if ties:
+            logits = np.round(logits * 4) / 4
+        rows = random_rows(60, vocab_size, rng)
+        expected = [oracle_token(logits[i], row) for i, row in enumerate(rows)]
+        assert sample(torch.from_numpy(logits.copy()), inputs_of(rows)) == expected
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    rng = np.random.default_rng(5)
+    vocab_size = SLICE_ELEMENTS // 5  # several slices
+    logits = torch.from_numpy(rng.standard_normal((12, vocab_size)).astype(np.float32)) * 3
+    rows = random_rows(12, vocab_size, rng)
+    together = sample(logits.clone(), inputs_of(rows))
+    assert [sample(logits[i : i + 1].clone(), inputs_of([row]))[0] for i, row in enumerate(rows)] == together
+    backwards = sample(logits.flip(0).contiguous(), inputs_of(rows[::-1]))
+    assert backwards[::-1] == together
+
+
+def test_greedy_takes_the_lowest_of_equal_ids_and_ignores_everything_but_penalties() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 0.5, 2.5, 2.5]])
+    rows = [{"temperature": 0.0, "top_k": 3, "top_p": 0.1, "seed": 9}, {"temperature": 0.0}]
+    assert sample(logits.clone(), inputs_of(rows)) == [1, 2]
+    rows[0]["penalties"] = ([1], 1, 2.0, 0.0, 0.0)
+    assert sample(logits.clone(), inputs_of(rows)) == [2, 2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_gives_minus_one_and_harms_nobody(bad: float, temperature: float) -> None:
+    logits = torch.randn((3, 30), generator=torch.Generator().manual_seed(1))
+    rows = [
+        {"temperature": temperature, "top_p": 0.9, "seed": i, "penalties": ([3], 1, 1.2, 0.1, 0.1)} for i in range(3)
+    ]
+    expected = sample(logits.clone(), inputs_of(rows))
+    logits[1, 7] = bad
+    assert sample(logits, inputs_of(rows)) == [expected[0], -1, expected[2]]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e6, 1e300])
+def test_extreme_temperatures_neither_overflow_nor_divide_by_zero(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 30.0, -80.0, 29.0]]).repeat(400, 1)
+    drawn = sample(logits, inputs_of([{"temperature": temperature, "position": i} for i in range(400)]))
+    counts = np.bincount(drawn, minlength=4)
+    if temperature < 1:
+        assert counts.tolist() == [0, 400, 0, 0]
+    else:
+        assert counts.min() > 70
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.0, 1), (0.49, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.99, 4)])
+def test_top_p_keeps_the_id_that_crosses_it_and_none_beyond(top_p: float, kept: int) -> None:
+    weights = torch.tensor([[0.25, 1.0, 0.25, 0.5]], dtype=torch.float64)  # an eighth, a half, an eighth, a quarter
+    truncate(weights, np.array([0]), np.array([top_p]), np.array([0.0]))
+    assert set(weights[0].nonzero().flatten().tolist()) == set([1, 3, 0, 2][:kept])
+
+
+def test_top_p_counts_within_what_top_k_left() -> None:
+    weights = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
+    truncate(weights, np.array([2]), np.array([0.6]), np.array([0.0]))  # 1 of 1.5 is two thirds
+    assert weights[0].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    weights = torch.tensor([[0.2, 1.0, 0.19, 0.5]], dtype=torch.float64)
+    truncate(weights, np.array([0]), np.array([1.0]), np.array([0.2]))
+    assert weights[0].tolist() == [0.2, 1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6, "top_p": 0.95},
+        {"temperature": 1.0, "top_k": 20},
+        {"temperature": 1.3, "min_p": 0.05},
+        {"temperature": 0.8, "top_k": 30, "top_p": 0.7, "min_p": 0.02},
+        {"temperature": 1.1, "top_p": 0.9, "penalties": ([1, 2, 3, 3, 9], 2, 1.3, 0.5, 0.25)},
+    ],
+)
+def test_draws_follow_the_distribution(row: dict[str, Any]) -> None:
+    """Pearson's chi-square over positions of one seed, and over seeds at one position; 5 sigma, fixed keys."""
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(3)) * 2
+    full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | row
+    probabilities = oracle_probabilities(logits.numpy(), full)
+    num_draws = 20_000
+    for keys in ([{"seed": 42, "position": i} for i in range(num_draws)], [{"seed": i} for i in range(num_draws)]):
+        rows = [row | key for key in keys]
+        repeated = logits.repeat(num_draws, 1)
+        if "penalties" in row:  # one row's penalties, applied once
+            sampled = inputs_of([full | {"temperature": 0.0}])
+            first = logits[None].clone()
+            sample(first, sampled)
+            repeated = first.repeat(num_draws, 1)
+            rows = [{name: value for name, value in r.items() if name != "penalties"} for r in rows]
+        counts = np.bincount(sample(repeated, inputs_of(rows)), minlength=60)
+        assert not counts[probabilities == 0].any()
+        expected = probabilities * num_draws
+        frequent = expected >= 5
+        statistic = ((counts[frequent] - expected[frequent]) ** 2 / expected[frequent]).sum()
+        degrees = frequent.sum() - 1
+        assert statistic < degrees + 5 * np.sqrt(2 * degrees)
+        assert counts[~frequent].sum() <= expected[~frequent].sum() + 5 * np.sqrt(expected[~frequent].sum() + 1)
+
+
+def test_truncation_and_penalties_agree_with_transformers() -> None:
+    """Kept sets and probabilities of its processors in generate()'s order, on logits without ties."""
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    rng = np.random.default_rng(11)
+    for _ in range(40):
+        vocab_size = int(rng.choice([50, 2000]))
+        logits = torch.from_numpy(rng.standard_normal((1, vocab_size)).astype(np.float32)) * 3
+        tokens = rng.integers(vocab_size, size=20).tolist()
+        row: dict[str, Any] = {
+            "temperature": float(rng.choice([0.5, 1.0, 1.7])),
+            "top_k": int(rng.choice([1, 7, 40])),
+            "top_p": float(rng.choice([0.3, 0.9, 0.97])),
+            "min_p": float(rng.choice([0.01, 0.1])),
+            "penalties": (tokens, 5, float(rng.choice([0.8, 1.2])), 0.0, 0.0),
+        }
+        processors = LogitsProcessorList(
+            [
+                RepetitionPenaltyLogitsProcessor(row["penalties"][2]),
+                TemperatureLogitsWarper(row["temperature"]),
+                TopKLogitsWarper(row["top_k"]),
+                TopPLogitsWarper(row["top_p"]),
+                MinPLogitsWarper(row["min_p"]),
+            ]
+        )
+        theirs = processors(torch.tensor([tokens]), logits.clone()).softmax(-1)[0].double().numpy()
+        ours = oracle_probabilities(logits[0].numpy(), row)
+        assert np.array_equal(theirs > 0, ours > 0)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)

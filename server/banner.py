@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import shlex
 import socket
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from model.config import DeepseekConfig
 from model.json_file import read_json_object
 from scheduler.messages import EngineReady
+from server.address import base_url, is_loopback
 from server.settings import Settings
 from server.sizes import format_count, format_size
 
@@ -42,20 +42,6 @@ def ready_text(
             "whoever reaches this port can use the model. Set LATENTD_API_KEY or --api-key-file."
         )
     return "\n".join(lines)
-
-
-def base_url(host: str, port: int) -> str:
-    """Where a client on this machine reaches the daemon."""
-    if host in ("0.0.0.0", "::", ""):
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _curl(url: str, name: str, with_key: bool) -> str:

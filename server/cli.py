@@ -10,12 +10,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from model.config import CheckpointError
+from server.inspect import inspect_checkpoint
+from server.limits import LIMITS
 from server.settings import (
     CONFIG_ENV,
     ENV_PREFIX,
@@ -72,10 +75,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         device_memory = None if arguments.device_memory is None else parse_size(arguments.device_memory)
     except ValueError as error:
         raise SettingsError(f"--device-memory: {error}") from None
-    from server.inspect import inspect_checkpoint, report_text
-
     report = inspect_checkpoint(arguments.model_dir, device_memory)
-    print(json.dumps(report, indent=2) if arguments.json else report_text(report))
+    print(json.dumps(asdict(report), indent=2) if arguments.json else report.text())
     return 0
 
 
@@ -165,8 +166,6 @@ def _metavar(name: str) -> str:
 
 def _config_text(settings: Settings) -> str:
     """The effective options as a file that `--config` reads, and the limits of a request as comments in it."""
-    from server.limits import LIMITS
-
     lines = []
     for name, value in settings.shown().items():
         if value is None:

@@ -16,18 +16,15 @@ import uvloop
 
 from model.checkpoint import open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, load_config
+from server.address import BACKLOG, PortError, bind
 from server.banner import ready_text
+from server.chat_template import TemplateError
 from server.engine_client import EngineClient, EngineStartError
-from server.settings import Settings, SettingsError
+from server.settings import Settings
 
-BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 2
 """How long the last bytes of finished answers may take to reach their readers when the daemon ends."""
-
-
-class PortError(Exception):
-    """The address cannot be had; the text is one line for the operator."""
 
 
 def run(settings: Settings) -> int:
@@ -50,28 +47,6 @@ def run(settings: Settings) -> int:
         return runner.run(_serve(settings, config, listener, started))
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. It listens at once: a second daemon on the port fails here, not after loading its model.
-
-    Raises SettingsError for a name that does not resolve, PortError for an address that cannot be had.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
-        raise SettingsError(f"--host: cannot resolve {host!r}") from None
-    # `localhost` is two addresses; clients that know only one of them know 127.0.0.1.
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise PortError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from None
-    return listener
-
-
 async def _serve(settings: Settings, config: DeepseekConfig, listener: socket.socket, started: float) -> int:
     signals: asyncio.Queue[int] = asyncio.Queue()
     _take_signals(signals)
@@ -81,7 +56,7 @@ async def _serve(settings: Settings, config: DeepseekConfig, listener: socket.so
         server = _build_server(settings, config, engine)  # while the engine process imports torch and loads
     except EngineStartError as error:
         return _fail(error.message, error.exit_code)
-    except CheckpointError as error:
+    except (CheckpointError, TemplateError) as error:
         await engine.shutdown(0)
         return _fail(str(error), 2)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import urllib.request
 
-from server.banner import base_url
+from server.address import base_url
 from server.settings import SettingsError, load_settings
 
 TIMEOUT_SECONDS = 2.0

@@ -1,0 +1,52 @@
+"""The address the daemon listens on, and how others reach it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+
+from server.settings import SettingsError
+
+BACKLOG = 2048
+
+
+class PortError(Exception):
+    """The address cannot be had; the text is one line for the operator."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. It listens at once: a second daemon on the port fails here, not after loading its model.
+
+    Raises SettingsError for a name that does not resolve, PortError for an address that cannot be had.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise SettingsError(f"--host: cannot resolve {host!r}") from None
+    # `localhost` is two addresses; clients that know only one of them know 127.0.0.1.
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise PortError(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}") from None
+    return listener
+
+
+def base_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches a daemon that listens on `host`."""
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Only programs of this machine can connect."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

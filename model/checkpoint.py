@@ -40,6 +40,8 @@ _QUANTIZED = {
     "weight_packed": "compressed-tensors",
 }
 """Last components of names that only quantised checkpoints have."""
+_PICKLES = ("bin", "pt", "pth")
+_NEVER_OPENED = (*_PICKLES, "pkl", "ckpt", "py")
 _SAMPLE_BYTES = 64
 
 
@@ -115,6 +117,8 @@ def open_checkpoint(model_dir: Path, config: DeepseekConfig) -> Checkpoint:
     Raises CheckpointError, one line naming file and tensor, for a missing, truncated or malformed file, a missing,
     unknown, repeated or misshapen tensor, and for forms that are not read (pickles, quantised or converted weights).
     """
+    if foreign := sorted(file.name for ending in _NEVER_OPENED for file in model_dir.glob(f"*.{ending}")):
+        logger.info("%s: code and pickles are never run or opened: %s", model_dir, ", ".join(foreign[:5]))
     index = model_dir / INDEX_FILE
     weight_map = _read_weight_map(index) if index.exists() else None
     files = (
@@ -204,8 +208,7 @@ def _weight_files(model_dir: Path) -> list[Path]:
     """All weight files of a folder without an index."""
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
-        pickles = sorted(file.name for ending in ("bin", "pt", "pth") for file in model_dir.glob(f"*.{ending}"))
-        if pickles:
+        if pickles := sorted(file.name for ending in _PICKLES for file in model_dir.glob(f"*.{ending}")):
             raise CheckpointError(f"{model_dir / pickles[0]}: pickled weights are never loaded; convert to safetensors")
         raise CheckpointError(f"{model_dir}: no .safetensors files")
     for file in files:

@@ -209,7 +209,7 @@ def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
         return GenerationDefaults()
     return GenerationDefaults(
         temperature=fields.number("temperature", 0.0, 100.0, None),
-        top_p=fields.number("top_p", 0.0, 1.0, None),
+        top_p=fields.number("top_p", 1e-9, 1.0, None),
         top_k=fields.integer("top_k", 0, 1 << 22, None),
         repetition_penalty=fields.number("repetition_penalty", 1e-3, 100.0, None),
         do_sample=fields.flag("do_sample", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -255,6 +256,33 @@ def test_other_forms_of_weights_are_refused(tmp_path: Path, name: str, problem: 
     (path / FILE).rename(path / name)
     with pytest.raises(CheckpointError, match=problem):
         check(path)
+
+
+def test_code_and_pickles_beside_the_weights_are_named_and_never_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    auto_map = {"AutoConfig": "configuration_deepseek.DeepseekConfig", "AutoModel": "modeling_deepseek.DeepseekModel"}
+    path = make_checkpoint(tmp_path / "m", "v2", auto_map=auto_map)
+    canary = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    for name in ("configuration_deepseek.py", "modeling_deepseek.py", "sitecustomize.py"):
+        (path / name).write_text(canary)
+    (path / "training_args.bin").write_bytes(f"c__builtin__\nexec\n(V{canary}\ntR.".encode())
+    assert len(check(path).tensors) == 131
+    assert not (tmp_path / "ran").exists()
+    assert [record.message for record in caplog.records] == [
+        f"{path}: code and pickles are never run or opened: "
+        "configuration_deepseek.py, modeling_deepseek.py, sitecustomize.py, training_args.bin"
+    ]
+
+
+def test_the_packages_have_no_way_to_unpickle_or_to_run_a_checkpoints_code() -> None:
+    root = Path(__file__).parents[2]
+    sources = [file for package in ("model", "scheduler", "server") for file in (root / package).rglob("*.py")]
+    assert len(sources) > 10
+    for file in sources:
+        found = re.findall(r"torch\.load\b|\bimport pickle|\bfrom pickle|trust_remote_code|AutoModel", file.read_text())
+        assert not found, f"{file}: {found}"
 
 
 def test_a_directory_or_pipe_named_like_a_shard_does_not_hang(tmp_path: Path) -> None:

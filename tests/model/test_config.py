@@ -288,6 +288,7 @@ def test_missing_files(tmp_path: Path) -> None:
     [
         ('{"temperature": -1}', "temperature"),
         ('{"top_p": 1.5}', "top_p"),
+        ('{"top_p": 0}', "top_p"),
         ('{"top_k": 1.5}', "top_k"),
         ('{"repetition_penalty": 0}', "repetition_penalty"),
         ('{"do_sample": 1}', "do_sample"),

@@ -1,0 +1,404 @@
+"""The engine process: `python -m scheduler.engine --fd N`, N being its end of the front-end's socketpair.
+
+Three threads. The *reader* receives, decodes and hashes prompts; what it makes waits in the inbox. The *main* thread
+loads the model and then loops: inbox, schedule, execute, inbox again (aborts take effect before the step's tokens do),
+update, outbox. It alone touches scheduler, block pool and model. The *writer* encodes and sends, so that a slow socket
+never stops the model, and says once a second how long the running step has taken.
+
+The front-end's end of file ends the process at once, in every state: there is nobody left to work for. Signals do not:
+the front-end decides, and it may still be draining.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NoReturn, Protocol
+
+import numpy as np
+
+from model.batch import ForwardBatch, SampledTokens
+from scheduler.block_pool import BlockPool
+from scheduler.channel import ChannelClosed, ChannelError, EngineChannel, ProtocolError
+from scheduler.config import BLOCK_SIZE, EngineConfig
+from scheduler.messages import (
+    PROTOCOL_VERSION,
+    AbortRequests,
+    AddRequest,
+    Configure,
+    EngineFailed,
+    EngineReady,
+    Finished,
+    FinishReason,
+    Heartbeat,
+    Shutdown,
+    StepOutput,
+)
+from scheduler.outbox import Outbox
+from scheduler.request import Request
+from scheduler.scheduler import Scheduler, StepResult
+
+logger = logging.getLogger("engine")
+
+EXIT_CONFIG = 2
+EXIT_FAILURE = 70
+HEARTBEAT_SECONDS = 1.0
+
+_ABORTED = Finished(reason=FinishReason.ABORT)
+_DRAIN_ABORTED = Finished(
+    reason=FinishReason.ABORT, code="shutting_down", message="The server shut down before the request was complete."
+)
+_DRAIN_REFUSED = Finished(reason=FinishReason.REJECTED, code="shutting_down", message="The server is shutting down.")
+
+
+class Runner(Protocol):
+    """What the engine needs of the model worker, `model.runner.ModelRunner`."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> Sequence[int]: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def cache_bytes_per_token(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def ops(self) -> str: ...
+
+    def execute(self, batch: ForwardBatch) -> SampledTokens: ...
+
+
+RunnerFactory = Callable[[EngineConfig], Runner]
+
+
+def load_model(config: EngineConfig) -> Runner:
+    """The real worker: loads the checkpoint. `ValueError` or `OSError` when the operator must change something."""
+    # Imported here, so that this module and whatever wraps it with another runner load no torch.
+    from model.runner import load_runner
+
+    return load_runner(
+        model_dir=Path(config.model_dir),
+        device=config.device,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_blocks=config.num_blocks,
+        kv_cache_memory=config.kv_cache_memory,
+        num_threads=config.num_threads,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that the reader found impossible to build."""
+
+    request_id: str
+    finished: Finished
+
+
+Inbox = SimpleQueue[Request | Refused | AbortRequests | Shutdown]
+
+
+class Reader:
+    """The thread that receives. It starts before the model is loaded, to see the front-end's end even then."""
+
+    def __init__(self, channel: EngineChannel) -> None:
+        self.inbox: Inbox = SimpleQueue()
+        self.exit_code = 0
+        """With what to exit at the front-end's end of file."""
+        self._channel = channel
+        self._scheduler: Scheduler | None = None
+        self._vocab_size = 0
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="reader", daemon=True).start()
+
+    def accept_requests(self, scheduler: Scheduler, vocab_size: int) -> None:
+        """Call before the front-end is told that the engine is ready; a request that comes earlier is an error."""
+        self._vocab_size = vocab_size
+        self._scheduler = scheduler
+
+    def _run(self) -> None:
+        try:
+            while True:
+                match self._channel.receive():
+                    case AddRequest() as message:
+                        self.inbox.put(self._build(message))
+                    case AbortRequests() | Shutdown() as message:
+                        self.inbox.put(message)
+                    case message:
+                        raise ProtocolError(f"unexpected {type(message).__name__}")
+        except ChannelClosed as error:
+            logger.info("front-end is gone (%s): exiting", error)
+            _exit(self.exit_code)
+        except Exception:
+            logger.exception("the reader failed: exiting")
+            _exit(EXIT_FAILURE)
+
+    def _build(self, message: AddRequest) -> Request | Refused:
+        """The scheduler's request. What is wrong with one request must end that one only, never the engine."""
+        if self._scheduler is None:
+            raise ProtocolError("AddRequest before EngineReady")
+        try:
+            token_ids = np.frombuffer(message.prompt, dtype="<u4")
+            if token_ids.size and (largest := int(token_ids.max())) >= self._vocab_size:
+                raise ValueError(f"token id {largest} is outside the vocabulary of {self._vocab_size}")
+            return self._scheduler.make_request(message)
+        except ValueError as error:
+            refusal = Finished(reason=FinishReason.REJECTED, code="invalid_prompt", message=str(error))
+            return Refused(message.request_id, refusal)
+
+
+class Engine:
+    """The main loop."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, inbox: Inbox, outbox: Outbox) -> None:
+        self.stats = scheduler.stats()
+        """As of the last step or change; replaced, never written to, so that the writer can read it."""
+        self.step = 0
+        self.step_started: float | None = None
+        """Monotonic time at which the running step began; None between steps."""
+        self.open_ids: set[str] = set()
+        """Accepted requests without their terminal event."""
+        self._scheduler = scheduler
+        self._runner = runner
+        self._inbox = inbox
+        self._outbox = outbox
+        self._refused: dict[str, Finished] = {}
+        self._deadline: float | None = None
+        """Monotonic time at which draining ends; None until `Shutdown`."""
+
+    def run(self) -> None:
+        """Until a `Shutdown` is carried out. An exception of a step comes out as it is."""
+        while True:
+            self._drain_inbox(wait=not (self._scheduler.has_work or self._draining))
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                for request_id in self.open_ids:
+                    self._scheduler.finish(request_id, _DRAIN_ABORTED)
+            self.step_started = time.monotonic()
+            batch = self._scheduler.schedule()
+            if batch is not None:
+                self.step = batch.step
+                sampled = self._runner.execute(batch)
+                self._drain_inbox(wait=False)
+                result = self._scheduler.update(sampled)
+                step_seconds = time.monotonic() - self.step_started
+                self.step_started = None
+                self._put(result, step_seconds)
+                continue
+            self.step_started = None
+            if self._scheduler.has_work:
+                raise RuntimeError("there are requests, but no step can be scheduled")
+            self._put(StepResult([], [], self._scheduler.take_finished(), {}), self.stats.step_seconds)
+            if self._draining:
+                return
+
+    @property
+    def _draining(self) -> bool:
+        return self._deadline is not None
+
+    def _drain_inbox(self, wait: bool) -> None:
+        """Apply what has arrived; `wait`: sleep until something does."""
+        try:
+            self._apply(self._inbox.get(block=wait))
+            while True:
+                self._apply(self._inbox.get_nowait())
+        except Empty:
+            pass
+
+    def _apply(self, item: Request | Refused | AbortRequests | Shutdown) -> None:
+        match item:
+            case Request():
+                refusal = _DRAIN_REFUSED if self._draining else self._scheduler.add(item)
+                if refusal is None:
+                    self.open_ids.add(item.request_id)
+                else:
+                    self._refused[item.request_id] = refusal
+            case Refused():
+                self._refused[item.request_id] = item.finished
+            case AbortRequests():
+                for request_id in item.request_ids:
+                    self._scheduler.finish(request_id, _ABORTED)
+            case Shutdown():
+                logger.info("draining %d requests for at most %.1f s", len(self.open_ids), item.drain_seconds)
+                self._deadline = time.monotonic() + item.drain_seconds
+
+    def _put(self, result: StepResult, step_seconds: float) -> None:
+        self.stats = self._scheduler.stats(step_seconds)
+        self.open_ids.difference_update(result.finished)
+        if self._refused:
+            result.finished |= self._refused
+            self._refused = {}
+        if result.request_ids or result.finished:
+            self._outbox.put(
+                StepOutput(
+                    step=self.step,
+                    request_ids=result.request_ids,
+                    token_ids=result.token_ids,
+                    finished=result.finished,
+                    cached_tokens=result.cached_tokens,
+                    stats=self.stats,
+                )
+            )
+
+
+def write_messages(channel: EngineChannel, outbox: Outbox, engine: Engine) -> None:
+    """The writer thread: send what is in the outbox and heartbeats, until the outbox is closed and empty."""
+    next_heartbeat = time.monotonic()
+    try:
+        while not outbox.drained:
+            output = outbox.take(timeout=max(0.0, next_heartbeat - time.monotonic()))
+            if output is not None:
+                channel.send(output)
+            now = time.monotonic()
+            if now >= next_heartbeat:
+                started = engine.step_started
+                step_age = 0.0 if started is None else now - started
+                channel.send(Heartbeat(step=engine.step, step_age=step_age, stats=engine.stats))
+                next_heartbeat = now + HEARTBEAT_SECONDS
+    except ChannelClosed:
+        pass  # the reader sees the same and exits
+    except Exception:
+        logger.exception("the writer failed: exiting")
+        _exit(EXIT_FAILURE)
+
+
+def run_engine(channel: EngineChannel, runner_factory: RunnerFactory) -> int:
+    """Be an engine until the front-end ends it; returns the exit code. The whole process is meant to belong to it.
+
+    0: shut down. 2: `runner_factory` raised ValueError or OSError, which say in one line what the operator must change.
+    70: a failure of our own, whose traceback is in the log.
+    """
+    configure = channel.receive()
+    if not isinstance(configure, Configure):
+        raise ProtocolError(f"the first frame is {type(configure).__name__}, not Configure")
+    config = configure.config
+    reader = Reader(channel)
+    reader.start()
+
+    def fail(exit_code: int, failure: EngineFailed) -> int:
+        reader.exit_code = exit_code  # the front-end may hang up before we have exited
+        channel.send(failure)
+        return exit_code
+
+    started = time.monotonic()
+    try:
+        logging.basicConfig(
+            level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        if configure.protocol != PROTOCOL_VERSION:
+            raise ValueError(f"the front-end speaks protocol {configure.protocol}, the engine {PROTOCOL_VERSION}")
+        runner = runner_factory(config)
+        scheduler = _make_scheduler(config, runner)
+    except (ValueError, OSError) as error:
+        logger.debug("loading failed", exc_info=True)
+        return fail(EXIT_CONFIG, EngineFailed(kind="config", message=_one_line(error)))
+    except Exception as error:
+        logger.exception("loading failed")
+        return fail(EXIT_FAILURE, EngineFailed(kind="load", message=f"{type(error).__name__}: {_one_line(error)}"))
+
+    outbox = Outbox()
+    engine = Engine(scheduler, runner, reader.inbox, outbox)
+    reader.accept_requests(scheduler, runner.vocab_size)
+    channel.send(_describe(config, runner, time.monotonic() - started))
+    writer = threading.Thread(target=write_messages, args=(channel, outbox, engine), name="writer", daemon=True)
+    writer.start()
+    failure = None
+    try:
+        engine.run()
+    except Exception as error:
+        request_ids = sorted(engine.open_ids)
+        logger.exception("step %d failed; open requests: %s", engine.step, " ".join(request_ids))
+        message = f"step {engine.step} failed: {type(error).__name__}: {_one_line(error)}"
+        failure = EngineFailed(kind="step", message=message, request_ids=request_ids)
+    outbox.close()
+    writer.join()
+    return 0 if failure is None else fail(EXIT_FAILURE, failure)
+
+
+def main(argv: Sequence[str] | None = None, *, runner_factory: RunnerFactory = load_model) -> NoReturn:
+    # Supervisors signal every process of a service, terminals every process of a group. See the head of this file.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="python -m scheduler.engine", description="The engine process of latentd.")
+    parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the front-end")
+    args = parser.parse_args(argv)
+    sock = socket.socket(fileno=args.fd)
+    sock.set_inheritable(False)  # a child of ours must not keep the channel open after we have died
+    try:
+        exit_code = run_engine(EngineChannel(sock), runner_factory)
+    except ChannelError as error:
+        logger.error("no front-end: %s", error)
+        exit_code = EXIT_FAILURE
+    _exit(exit_code)
+
+
+def _exit(exit_code: int) -> NoReturn:
+    """End the process now, from any thread, without closing the channel first: its end of file means death."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
+    return Scheduler(
+        pool=BlockPool(runner.num_blocks),
+        block_size=BLOCK_SIZE,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=runner.max_model_len,
+        eos_token_ids=runner.eos_token_ids,
+        prefix_cache=config.prefix_cache,
+        fingerprint=runner.fingerprint,
+    )
+
+
+def _describe(config: EngineConfig, runner: Runner, load_seconds: float) -> EngineReady:
+    return EngineReady(
+        model_type=runner.model_type,
+        fingerprint=runner.fingerprint,
+        max_model_len=runner.max_model_len,
+        vocab_size=runner.vocab_size,
+        eos_token_ids=list(runner.eos_token_ids),
+        num_blocks=runner.num_blocks,
+        block_size=BLOCK_SIZE,
+        cache_bytes_per_token=runner.cache_bytes_per_token,
+        weight_bytes=runner.weight_bytes,
+        device=runner.device,
+        dtype=runner.dtype,
+        ops=runner.ops,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        load_seconds=load_seconds,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the main loop hands to the writer thread: one pending output that merges, so that nothing queues up."""
+
+from __future__ import annotations
+
+import threading
+
+from scheduler.messages import StepOutput
+
+MAX_PENDING_TOKENS = 1024 * 1024
+"""About 5 MiB of frame. Only a front-end that has been stopped for minutes lets so much gather."""
+
+
+class Outbox:
+    """At most one `StepOutput` waits for the writer.
+
+    While the socket is full, because the front-end is busy or stopped, later steps are merged into it and the engine
+    goes on. Nothing is lost; past `MAX_PENDING_TOKENS` the engine waits instead of computing what nobody reads.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._pending: StepOutput | None = None
+        self._num_tokens = 0
+        self._closed = False
+
+    def put(self, output: StepOutput) -> None:
+        """Hand over an output and its lists. For the main loop."""
+        with self._condition:
+            while self._num_tokens >= MAX_PENDING_TOKENS:
+                self._condition.wait()
+            self._pending = output if self._pending is None else _merge(self._pending, output)
+            self._num_tokens += sum(map(len, output.token_ids))
+            self._condition.notify_all()
+
+    def take(self, timeout: float) -> StepOutput | None:
+        """What is pending, waiting for it at most `timeout` seconds or until `close`. For the writer."""
+        with self._condition:
+            if self._pending is None and not self._closed:
+                self._condition.wait(timeout)
+            output, self._pending, self._num_tokens = self._pending, None, 0
+            self._condition.notify_all()
+            return output
+
+    def close(self) -> None:
+        """Nothing more will be put."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+    @property
+    def drained(self) -> bool:
+        """Closed, and everything was taken."""
+        with self._condition:
+            return self._closed and self._pending is None
+
+
+def _merge(earlier: StepOutput, later: StepOutput) -> StepOutput:
+    """One output with the tokens of both, each request's in order. Uses up the lists of `earlier`."""
+    index = {request_id: i for i, request_id in enumerate(earlier.request_ids)}
+    for request_id, token_ids in zip(later.request_ids, later.token_ids, strict=True):
+        if request_id in index:
+            earlier.token_ids[index[request_id]] += token_ids
+        else:
+            earlier.request_ids.append(request_id)
+            earlier.token_ids.append(token_ids)
+    return StepOutput(
+        step=later.step,
+        request_ids=earlier.request_ids,
+        token_ids=earlier.token_ids,
+        finished=earlier.finished | later.finished,
+        cached_tokens=earlier.cached_tokens | later.cached_tokens,
+        stats=later.stats,
+    )

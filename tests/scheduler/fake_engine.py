@@ -1,0 +1,100 @@
+"""An engine process for tests: everything of `scheduler.engine` but the model, which is replaced by arithmetic.
+
+`python -m tests.scheduler.fake_engine [what goes wrong] --fd N`. The next token is a checksum of all tokens before it, so
+outputs are deterministic, depend on every token, and are known to the tests (`expected_tokens`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from array import array
+from collections.abc import Sequence
+from zlib import crc32
+
+from model.batch import ForwardBatch, SampledTokens
+from scheduler.config import EngineConfig
+from scheduler.engine import main
+
+VOCAB_SIZE = 1000
+EOS_TOKEN_ID = 0
+MAX_MODEL_LEN = 262_144
+
+COMMAND = (sys.executable, "-m", "tests.scheduler.fake_engine")
+
+
+def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    """What the fake model says after `prompt`."""
+    checksum = crc32(array("I", prompt))
+    tokens = []
+    for _ in range(count):
+        tokens.append(_choose(checksum))
+        checksum = crc32(array("I", tokens[-1:]), checksum)
+    return tokens
+
+
+def _choose(checksum: int) -> int:
+    return 1 + checksum % (VOCAB_SIZE - 1)  # never EOS_TOKEN_ID
+
+
+class FakeRunner:
+    model_type = "fake"
+    fingerprint = "fake"
+    max_model_len = MAX_MODEL_LEN
+    vocab_size = VOCAB_SIZE
+    eos_token_ids = (EOS_TOKEN_ID,)
+    cache_bytes_per_token = 1
+    weight_bytes = 0
+    device = "cpu"
+    dtype = "none"
+    ops = "fake"
+
+    def __init__(self, config: EngineConfig, args: argparse.Namespace) -> None:
+        if args.load_error:
+            raise ValueError(args.load_error)
+        if args.load_bug:
+            raise KeyError("a bug\nof two lines")
+        time.sleep(args.load_seconds)
+        self.num_blocks = config.num_blocks or 4096
+        self._args = args
+        self._rows: dict[int, list[int]] = {}
+        """Row: [checksum of its tokens, their number]."""
+
+    def execute(self, batch: ForwardBatch) -> SampledTokens:
+        if batch.step == self._args.raise_at_step:
+            raise RuntimeError("the model broke\nin two lines")
+        if batch.step == self._args.kill_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self._args.step_seconds)
+        for row in batch.released_rows:
+            del self._rows[row]
+        for new in batch.new_rows:
+            assert new.row not in self._rows
+            self._rows[new.row] = [crc32(new.tokens), len(new.tokens)]
+        rows, token_ids = [], []
+        for scheduled in batch.rows:
+            state = self._rows[scheduled.row]
+            end = scheduled.start + scheduled.num_tokens
+            assert end <= state[1]
+            assert scheduled.sample == (end == state[1])
+            if scheduled.sample:
+                token_id = _choose(state[0])
+                state[:] = [crc32(array("I", [token_id]), state[0]), state[1] + 1]
+                rows.append(scheduled.row)
+                token_ids.append(token_id)
+        return SampledTokens(batch.step, rows, token_ids)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--load-error")
+    parser.add_argument("--load-bug", action="store_true")
+    parser.add_argument("--raise-at-step", type=int)
+    parser.add_argument("--kill-at-step", type=int)
+    own_args, engine_argv = parser.parse_known_args()
+    main(engine_argv, runner_factory=lambda config: FakeRunner(config, own_args))

@@ -1,0 +1,149 @@
+"""Rows: what a step reads is gathered as a plain loop over its tokens would, and rows forget their last request."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE
+from model.rows import Rows
+
+CPU = torch.device("cpu")
+
+
+def new_row(row: int, tokens: list[int], num_prompt_tokens: int | None = None, **params: Any) -> NewRow:
+    blocks = params.pop("block_table", [])
+    return NewRow(
+        row=row,
+        tokens=array("I", tokens),
+        num_prompt_tokens=len(tokens) if num_prompt_tokens is None else num_prompt_tokens,
+        params=SamplingParams(max_tokens=10, **params),
+        block_table=blocks,
+    )
+
+
+def run(rows: Rows, batch: ForwardBatch) -> StepInputs:
+    rows.update(batch)
+    return rows.step_inputs(batch, CPU)
+
+
+def test_a_mixed_batch_is_gathered_token_by_token() -> None:
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(1 << 17, size=n).tolist() for n in (700, 1, 130, 65)]
+    blocks = [rng.permutation(1000)[: -(-len(t) // BLOCK_SIZE)].tolist() for t in tokens]
+    rows = Rows(max_num_seqs=6, max_model_len=900)
+    spans = [(5, 0, 120, 512), (1, 1, 0, 1), (0, 2, 129, 1), (3, 3, 64, 1)]  # row, sequence, start, num_tokens
+    batch = ForwardBatch(
+        step=0,
+        new_rows=[new_row(row, tokens[i], block_table=blocks[i][:1]) for row, i, _, _ in spans],
+        rows=[
+            ScheduledRow(row, start, n, new_blocks=blocks[i][1:], sample=start + n == len(tokens[i]))
+            for row, i, start, n in spans
+        ],
+    )
+    inputs = run(rows, batch)
+    steps = [(i, position) for _, i, start, n in spans for position in range(start, start + n)]
+    assert inputs.token_ids.tolist() == [tokens[i][position] for i, position in steps]
+    assert inputs.positions.tolist() == [position for _, position in steps]
+    assert inputs.slot_mapping.tolist() == [
+        blocks[i][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for i, position in steps
+    ]
+    assert inputs.query_start == [0, 512, 513, 514, 515]
+    assert inputs.context_lens == [632, 1, 130, 65]
+    assert inputs.sample_index.tolist() == [512, 513, 514]
+    assert inputs.block_tables.dtype == torch.int32
+    for i, table in enumerate(inputs.block_tables.tolist()):
+        assert table[: len(blocks[i])] == blocks[i]
+    assert {inputs.token_ids.dtype, inputs.positions.dtype, inputs.slot_mapping.dtype} == {torch.int64}
+
+
+def test_a_row_takes_its_sampled_tokens_itself() -> None:
+    rows = Rows(max_num_seqs=2, max_model_len=64)
+    prefill = [ScheduledRow(0, 0, 2, [7], sample=True), ScheduledRow(1, 0, 1, [3], sample=False)]
+    run(rows, ForwardBatch(0, prefill, [new_row(0, [5, 6]), new_row(1, [8, 9])]))
+    rows.append([0], [41])
+    decode = run(rows, ForwardBatch(1, [ScheduledRow(1, 1, 1, sample=True), ScheduledRow(0, 2, 1, sample=True)]))
+    assert decode.token_ids.tolist() == [9, 41]
+    assert decode.slot_mapping.tolist() == [3 * BLOCK_SIZE + 1, 7 * BLOCK_SIZE + 2]
+    rows.append([1, 0], [42, 43])
+    assert run(rows, ForwardBatch(2, [ScheduledRow(0, 3, 1), ScheduledRow(1, 2, 1)])).token_ids.tolist() == [43, 42]
+
+
+def test_a_row_whose_logits_were_not_finite_can_still_run_the_step_planned_ahead() -> None:
+    rows = Rows(max_num_seqs=1, max_model_len=8)
+    run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 1, [0], sample=True)], [new_row(0, [5])]))
+    rows.append([0], [-1])
+    assert run(rows, ForwardBatch(1, [ScheduledRow(0, 1, 1, sample=True)])).token_ids.tolist() == [0]
+
+
+def test_a_full_row_takes_no_more() -> None:
+    rows = Rows(max_num_seqs=1, max_model_len=2)
+    run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 2, [0], sample=True)], [new_row(0, [5, 6])]))
+    rows.append([0], [7])
+    assert rows.sampling_inputs([0]).position.tolist() == [2]
+
+
+def test_sampling_inputs_follow_the_order_of_the_batch() -> None:
+    rows = Rows(max_num_seqs=4, max_model_len=64)
+    seed = 2**64 - 1
+    batch = ForwardBatch(
+        0,
+        [ScheduledRow(3, 0, 3, [0], sample=True), ScheduledRow(0, 0, 1, [1], sample=True)],
+        [
+            new_row(0, [1], temperature=0.5, top_k=4, top_p=0.7, min_p=0.1, seed=seed),
+            new_row(3, [7, 8, 9], num_prompt_tokens=2, frequency_penalty=0.25, repetition_penalty=1.5),
+        ],
+    )
+    run(rows, batch)
+    inputs = rows.sampling_inputs([3, 0])
+    assert inputs.temperature.tolist() == [1.0, 0.5]
+    assert inputs.top_k.tolist() == [0, 4]
+    assert inputs.top_p.tolist() == [1.0, 0.7]
+    assert inputs.min_p.tolist() == [0.0, 0.1]
+    assert inputs.seed.tolist() == [0, seed]
+    assert inputs.position.tolist() == [3, 1]
+    (penalties,) = inputs.penalties
+    assert (penalties.index, penalties.tokens.tolist(), penalties.num_prompt_tokens) == (0, [7, 8, 9], 2)
+    assert (penalties.repetition, penalties.presence, penalties.frequency) == (1.5, 0.0, 0.25)
+
+
+def test_a_rebound_row_keeps_nothing_of_its_last_request() -> None:
+    rows = Rows(max_num_seqs=1, max_model_len=256)
+    first = new_row(0, [1] * 100, presence_penalty=1.0, temperature=0.0, seed=3)
+    run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 100, [4, 5], sample=True)], [first]))
+    rows.append([0], [17])
+    second = new_row(0, [2], block_table=[9])
+    inputs = run(rows, ForwardBatch(1, [ScheduledRow(0, 0, 1, sample=True)], [second], released_rows=[0]))
+    assert inputs.token_ids.tolist() == [2]
+    assert inputs.slot_mapping.tolist() == [9 * BLOCK_SIZE]
+    sampling = rows.sampling_inputs([0])
+    assert not sampling.penalties
+    assert (sampling.temperature.tolist(), sampling.seed.tolist(), sampling.position.tolist()) == ([1.0], [0], [1])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ForwardBatch(1, [ScheduledRow(0, 3, 1)]),  # a token that is not known
+        ForwardBatch(1, [ScheduledRow(0, 0, 2, sample=True)]),  # samples before the newest token
+        ForwardBatch(1, [ScheduledRow(0, 2, 0)]),
+        ForwardBatch(1, [ScheduledRow(1, 0, 1)]),  # never bound
+        ForwardBatch(1, [ScheduledRow(0, 2, 1)], [new_row(0, [1])]),  # still bound
+        ForwardBatch(1, [ScheduledRow(1, 0, 65, [2])], [new_row(1, [1] * 65)]),  # a block short
+        ForwardBatch(1, [ScheduledRow(1, 0, 1, [2, 3, 4])], [new_row(1, [1])]),  # more blocks than a request can have
+        ForwardBatch(1, [], [new_row(1, [1] * 129)]),
+        ForwardBatch(1, [], [new_row(1, [])]),
+        ForwardBatch(1, [ScheduledRow(0, 2, 1)], released_rows=[1]),
+    ],
+)
+def test_a_batch_that_contradicts_the_rows_is_refused(batch: ForwardBatch) -> None:
+    rows = Rows(max_num_seqs=2, max_model_len=128)
+    run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 3, [0])], [new_row(0, [1, 2, 3])]))
+    with pytest.raises(ValueError, match=r"step 1|row 1"):
+        run(rows, batch)

@@ -84,7 +84,7 @@ class DeepseekAttention(nn.Module):
             q_a = self.ops.rms_norm(q_a, self.q_a_layernorm.weight, LATENT_NORM_EPS)
             q = linear(q_a, self.q_b_proj.weight)
         q = q.view(len(x), config.num_attention_heads, -1)
-        q_nope, q_rope = torch.split(q, (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=2)
+        q_nope, q_rope = torch.split(q, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
         kv = linear(x, self.kv_a_proj_with_mqa.weight, self.kv_a_proj_with_mqa.bias)
         q_rope = self.ops.rope_and_cache(
             q_rope,

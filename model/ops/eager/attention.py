@@ -24,7 +24,7 @@ WORKSPACE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """num_keys consecutive keys of every row of a group, for the queries from `first_query` on: those before see none."""
+    """Consecutive keys of every row of a group, for the queries from `first_query` on: those before see none."""
 
     blocks: Tensor
     """[n, blocks of the chunk] int64."""
@@ -76,7 +76,7 @@ class EagerAttention:
 
         q_nope [n * q, H, dn], q_rope [n * q, H, dr] -> [n * q, H, dv].
         """
-        w_uk, w_uv = torch.split(kv_b, (q_nope.shape[2], self._config.v_head_dim), dim=1)
+        w_uk, w_uv = torch.split(kv_b, [q_nope.shape[2], self._config.v_head_dim], dim=1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
         queries = torch.cat((q_latent, q_rope), dim=2).view(group.num_rows, -1, self._config.latent_dim)
 
@@ -101,7 +101,7 @@ class EagerAttention:
         def score(chunk: _Chunk) -> _ScoredChunk:
             latents = self._gather(layer, chunk)[0]
             expanded = F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(len(latents), heads, -1)
-            k_nope, values = torch.split(expanded, (q_nope.shape[2], self._config.v_head_dim), dim=2)
+            k_nope, values = torch.split(expanded, [q_nope.shape[2], self._config.v_head_dim], dim=2)
             keys = torch.cat((k_nope, latents[:, None, rank:].expand(-1, heads, -1)), dim=2)
             visible = queries[:, chunk.first_query :]
             return self._scored(visible, keys.transpose(0, 1), values.transpose(0, 1), chunk.hidden)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from model.checkpoint import open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, expected_tensors, load_config
@@ -55,6 +56,17 @@ def wanted(path: Path) -> dict[str, Tensor]:
 def test_every_kind_loads_bit_for_bit(tmp_path: Path, kind: str, layout: str) -> None:
     path = make_checkpoint(tmp_path, kind, layout=layout, shards=2)
     assert_equal(load(path), wanted(path))
+
+
+@pytest.mark.parametrize("original_format", [True, False])
+@pytest.mark.parametrize("kind", ["v2-yarn", "moonlight"])
+def test_what_transformers_saves_is_loaded_as_what_it_loaded(tmp_path: Path, kind: str, original_format: bool) -> None:
+    path = make_checkpoint(tmp_path / "made", kind, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved", save_original_format=original_format)
+    names = read_tensors(tmp_path / "saved").keys()
+    assert any(name.endswith("experts.gate_up_proj") for name in names) is not original_format
+    assert_equal(load(tmp_path / "saved", torch.bfloat16), load(path, torch.bfloat16))
 
 
 def test_types_differ_within_a_file_and_the_router_stays_float32(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ class EngineClient:
         """Seconds the step that was running at the last heartbeat had taken by then."""
         self.unknown_ids = 0
         """Outputs for requests that are not open here: what was under way when they were aborted."""
-        self._config = config
         self.on_stats = on_stats
+        self._config = config
         self._command = command
         self._streams: dict[str, RequestStream] = {}
         self._channel: ClientChannel | None = None
@@ -213,7 +213,6 @@ class EngineClient:
                 self._on_ready(message)
             case EngineFailed():
                 self._failed = message
-                logger.error("engine failed: %s", message.message)
 
     def _dispatch(self, output: StepOutput) -> None:
         """Hand the columns of a step to their streams. No code of a stream's reader runs in between."""
@@ -276,9 +275,8 @@ class EngineClient:
         if self.state is EngineState.DOWN:
             if self._failed is None:
                 self.failure = f"engine process {process.pid} {_describe_exit(exit_code)} ({self.failure})"
-            logger.error("engine is down: %s", self.failure)
-        else:
-            logger.info("engine process %d %s", process.pid, _describe_exit(exit_code))
+            if self.ready is not None:  # else `wait_ready` reports it
+                logger.error("engine is down: %s", self.failure)
         self._started.set()
         self._gone.set()
 

@@ -1,7 +1,7 @@
 """An engine process for tests: everything of `scheduler.engine` but the model, which is replaced by arithmetic.
 
-`python -m tests.scheduler.fake_engine [what goes wrong] --fd N`. The next token is a checksum of all tokens before it, so
-outputs are deterministic, depend on every token, and are known to the tests (`expected_tokens`).
+`python -m tests.scheduler.fake_engine [what goes wrong] --fd N`. The next token is a checksum of all tokens before it,
+so outputs are deterministic, depend on every token, and are known to the tests (`expected_tokens`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,321 @@
+"""The engine process, driven over its socket by a blocking stand-in for the front-end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from model.batch import SamplingParams
+from scheduler.channel import FrameDecoder, encode_frame
+from scheduler.config import EngineConfig
+from scheduler.messages import (
+    AbortRequests,
+    AddRequest,
+    Configure,
+    EngineFailed,
+    EngineReady,
+    Finished,
+    FinishReason,
+    FromEngine,
+    Heartbeat,
+    Shutdown,
+    StepOutput,
+    ToEngine,
+)
+from tests.scheduler.fake_engine import COMMAND, MAX_MODEL_LEN, VOCAB_SIZE, expected_tokens
+
+ROOT = Path(__file__).parents[2]
+
+
+class EngineProcess:
+    """A running engine and the front-end's end of its channel."""
+
+    def __init__(self, log: Path, *options: str, protocol: int = 1, **config: int | str) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(20)
+        self._log = log
+        with theirs, log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*COMMAND, *options, "--fd", str(theirs.fileno())],
+                cwd=ROOT,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+        self._messages = self._receive()
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.finished: dict[str, Finished] = {}
+        self.send(Configure(EngineConfig(model_dir="/none", **config), protocol=protocol))
+
+    def send(self, message: ToEngine) -> None:
+        self.socket.sendall(encode_frame(message))
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        self.send(AddRequest(request_id=request_id, prompt=array("I", prompt).tobytes(), params=params))
+
+    def _receive(self) -> Iterator[FromEngine]:
+        decoder = FrameDecoder[FromEngine](FromEngine)
+        while data := self.socket.recv(65536):
+            yield from decoder.feed(data)
+
+    def next(self) -> FromEngine:
+        """The next message; keeps account of tokens and terminal events."""
+        message = next(self._messages)
+        if isinstance(message, StepOutput):
+            for request_id, token_ids in zip(message.request_ids, message.token_ids, strict=True):
+                assert request_id not in self.finished, "tokens after the terminal event"
+                self.tokens[request_id] += token_ids
+            assert not message.finished.keys() & self.finished.keys(), "a second terminal event"
+            self.finished |= message.finished
+        return message
+
+    def until(self, condition: Callable[[FromEngine], bool]) -> FromEngine:
+        while not condition(message := self.next()):
+            pass
+        return message
+
+    def wait_ready(self) -> EngineReady:
+        message = self.next()
+        assert isinstance(message, EngineReady)
+        return message
+
+    def wait_finished(self, *request_ids: str) -> None:
+        while not self.finished.keys() >= set(request_ids):
+            self.next()
+
+    def end(self) -> int:
+        """Read to the end of file; the exit code."""
+        for _ in iter(lambda: next(self._messages, None), None):
+            pass
+        return self.process.wait(10)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+StartEngine = Callable[..., EngineProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartEngine]:
+    engines: list[EngineProcess] = []
+
+    def start_engine(*options: str, **config: int | str) -> EngineProcess:
+        engines.append(EngineProcess(tmp_path / f"{len(engines)}.log", *options, **config))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield start_engine
+    for engine in engines:
+        engine.socket.close()
+        engine.process.kill()
+        engine.process.wait()
+
+
+def test_it_says_what_it_is_and_answers(start: StartEngine) -> None:
+    engine = start(num_blocks=100, max_num_seqs=8)
+    ready = engine.wait_ready()
+    assert (ready.num_blocks, ready.block_size, ready.max_num_seqs) == (100, 64, 8)
+    assert (ready.max_model_len, ready.vocab_size) == (MAX_MODEL_LEN, VOCAB_SIZE)
+    prompts = {f"r{i}": list(range(1 + 40 * i)) for i in range(8)}
+    for request_id, prompt in prompts.items():
+        engine.add(request_id, prompt, max_tokens=20)
+    engine.wait_finished(*prompts)
+    assert engine.tokens == {request_id: expected_tokens(prompt, 20) for request_id, prompt in prompts.items()}
+    assert {finished.reason for finished in engine.finished.values()} == {FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize("when", ["loading", "idle", "in a step"])
+def test_the_front_ends_end_of_file_ends_it_at_once(start: StartEngine, when: str) -> None:
+    engine = start("--load-seconds", "60") if when == "loading" else start("--step-seconds", "60")
+    if when == "loading":
+        time.sleep(1)  # past its imports
+    else:
+        engine.wait_ready()
+    if when == "in a step":
+        engine.add("a", [1], max_tokens=1)
+        engine.until(lambda message: isinstance(message, Heartbeat) and message.step_age > 0)
+    engine.socket.close()
+    started = time.monotonic()
+    assert engine.process.wait(10) == 0
+    assert time.monotonic() - started < 1
+
+
+def test_signals_do_not_end_it(start: StartEngine) -> None:
+    engine = start()
+    engine.wait_ready()
+    engine.process.send_signal(signal.SIGINT)
+    engine.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    engine.add("a", [1], max_tokens=3)
+    engine.wait_finished("a")
+    engine.send(Shutdown(0))
+    assert engine.end() == 0
+
+
+def test_heartbeats_come_during_a_step_and_tell_its_age(start: StartEngine) -> None:
+    engine = start("--step-seconds", "2.5")
+    engine.wait_ready()
+    engine.add("a", [1], max_tokens=1)
+    ages = []
+    while "a" not in engine.finished:
+        message = engine.next()
+        if isinstance(message, Heartbeat):
+            ages.append(message.step_age)
+    assert ages == sorted(ages)
+    assert ages[-1] > 1.5
+    idle = engine.until(lambda message: isinstance(message, Heartbeat))
+    assert isinstance(idle, Heartbeat)
+    assert idle.step_age == 0
+    assert idle.stats.step_seconds == pytest.approx(2.5, abs=0.3)
+
+
+def test_it_sleeps_when_idle(start: StartEngine) -> None:
+    engine = start()
+    engine.wait_ready()
+    engine.add("a", [1], max_tokens=3)
+    engine.wait_finished("a")
+
+    def cpu_ticks() -> int:
+        fields = Path(f"/proc/{engine.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = cpu_ticks()
+    time.sleep(1.2)
+    assert cpu_ticks() - before <= 0.05 * os.sysconf("SC_CLK_TCK")
+
+
+def test_shutdown_lets_open_requests_finish_and_refuses_new_ones(start: StartEngine) -> None:
+    engine = start("--step-seconds", "0.01")
+    engine.wait_ready()
+    engine.add("a", [1, 2], max_tokens=30)
+    engine.until(lambda _: len(engine.tokens["a"]) > 2)
+    engine.send(Shutdown(30))
+    engine.add("late", [1], max_tokens=1)
+    engine.wait_finished("a", "late")
+    assert engine.tokens == {"a": expected_tokens([1, 2], 30)}
+    assert (engine.finished["late"].reason, engine.finished["late"].code) == (FinishReason.REJECTED, "shutting_down")
+    assert engine.end() == 0
+
+
+def test_a_drain_that_is_too_short_aborts_the_rest(start: StartEngine) -> None:
+    engine = start("--step-seconds", "0.01", max_num_seqs=2)
+    engine.wait_ready()
+    for i in range(4):
+        engine.add(f"r{i}", [1, 2], max_tokens=100_000)
+    engine.until(lambda _: len(engine.tokens["r1"]) > 2)
+    engine.send(Shutdown(0.2))
+    engine.wait_finished("r0", "r1", "r2", "r3")
+    assert {(f.reason, f.code) for f in engine.finished.values()} == {(FinishReason.ABORT, "shutting_down")}
+    assert engine.end() == 0
+
+
+def test_an_exception_in_a_step_ends_it_and_is_logged_with_the_requests(start: StartEngine) -> None:
+    engine = start("--raise-at-step", "10")
+    engine.wait_ready()
+    for i in range(3):
+        engine.add(f"r{i}", [777, 778], max_tokens=100)
+    failed = engine.until(lambda message: isinstance(message, EngineFailed))
+    assert failed == EngineFailed(
+        kind="step",
+        message="step 10 failed: RuntimeError: the model broke in two lines",
+        request_ids=["r0", "r1", "r2"],
+    )
+    assert not engine.finished
+    assert engine.end() == 70
+    assert "step 10 failed; open requests: r0 r1 r2" in engine.log
+    assert "Traceback" in engine.log
+
+
+def test_a_config_error_while_loading_is_one_line_and_exit_code_2(start: StartEngine) -> None:
+    engine = start("--load-error", "model.safetensors: tensor x is\ntruncated")
+    assert engine.next() == EngineFailed(kind="config", message="model.safetensors: tensor x is truncated")
+    assert engine.end() == 2
+    assert engine.log == ""
+
+
+def test_a_bug_while_loading_is_logged_in_full_and_exit_code_70(start: StartEngine) -> None:
+    engine = start("--load-bug")
+    failed = engine.next()
+    assert isinstance(failed, EngineFailed)
+    assert failed.kind == "load"
+    assert engine.end() == 70
+    assert "Traceback" in engine.log
+
+
+def test_another_protocol_version_is_refused(start: StartEngine) -> None:
+    engine = start(protocol=99)
+    failed = engine.next()
+    assert isinstance(failed, EngineFailed)
+    assert "protocol 99" in failed.message
+    assert engine.end() == 2
+
+
+def test_junk_on_the_channel_ends_it(start: StartEngine) -> None:
+    engine = start()
+    engine.wait_ready()
+    engine.socket.sendall(struct.pack("<I", 3) + b"abc")
+    assert engine.end() == 70
+    assert "ProtocolError" in engine.log
+
+
+def test_an_impossible_request_is_rejected_alone(start: StartEngine) -> None:
+    engine = start("--step-seconds", "0.005", num_blocks=10)
+    engine.wait_ready()
+    engine.add("good", [5, 6], max_tokens=50)
+    params = SamplingParams(max_tokens=5)
+    engine.send(AddRequest(request_id="odd", prompt=b"1234567", params=params))
+    engine.add("vocabulary", [1, VOCAB_SIZE, 2], max_tokens=5)
+    engine.add("empty", [], max_tokens=5)
+    engine.add("long", [1] * 641, max_tokens=5)
+    engine.wait_finished("good", "odd", "vocabulary", "empty", "long")
+    codes = {request_id: (finished.reason, finished.code) for request_id, finished in engine.finished.items()}
+    assert codes == {
+        "good": (FinishReason.LENGTH, None),
+        "odd": (FinishReason.REJECTED, "invalid_prompt"),
+        "vocabulary": (FinishReason.REJECTED, "invalid_prompt"),
+        "empty": (FinishReason.REJECTED, "invalid_request"),
+        "long": (FinishReason.REJECTED, "context_length_exceeded"),
+    }
+    assert engine.tokens == {"good": expected_tokens([5, 6], 50)}
+
+
+def test_an_abort_works_in_the_queue_in_prefill_and_in_decode(start: StartEngine) -> None:
+    engine = start("--step-seconds", "0.02", num_blocks=1000, max_num_seqs=2, max_num_batched_tokens=64)
+    engine.wait_ready()
+    engine.add("decode", [1], max_tokens=1000)
+    engine.until(lambda _: len(engine.tokens["decode"]) > 2)
+    engine.add("prefill", [2] * 20_000, max_tokens=10)  # 300 steps
+    engine.add("queued", [3], max_tokens=10)
+    engine.until(lambda message: isinstance(message, StepOutput) and message.stats.free_blocks < 995)
+    assert not engine.tokens.keys() & {"prefill", "queued"}
+    engine.send(AbortRequests(["queued", "prefill", "decode", "never there"]))
+    engine.wait_finished("queued", "prefill", "decode")
+    assert {finished.reason for finished in engine.finished.values()} == {FinishReason.ABORT}
+    engine.send(AbortRequests(["queued", "decode"]))
+    beat = engine.until(lambda message: isinstance(message, Heartbeat) and message.stats.unknown_ids == 3)
+    assert isinstance(beat, Heartbeat)
+    assert (beat.stats.free_blocks, beat.stats.num_running, beat.stats.num_waiting) == (1000, 0, 0)
+
+
+def test_at_level_info_the_log_has_no_prompt_and_no_tokens(start: StartEngine) -> None:
+    engine = start(num_blocks=10)
+    engine.wait_ready()
+    engine.add("a", [777] * 3, max_tokens=3)
+    engine.add("b", [777] * 3000, max_tokens=3)
+    engine.wait_finished("a", "b")
+    engine.send(Shutdown(0))
+    assert engine.end() == 0
+    assert "777" not in engine.log
+    assert "draining" in engine.log

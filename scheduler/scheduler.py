@@ -199,19 +199,19 @@ class Scheduler:
         for row, request in zip(batch.rows, requests, strict=True):
             request.steps_in_flight -= 1
             token_id = next(token_ids) if row.sample else None
-            if request.status is not ended:
-                if token_id == -1:
-                    # Its latents may be as broken as its logits: no other request may meet them.
-                    self.pool.forget(request.block_table)
+            if token_id == -1:
+                # The latents may be as broken as the logits: no other request may meet them.
+                self.pool.forget(request.block_table)
+                if request.status is not ended:
                     self._end(request, _NAN_LOGITS)
-                else:
-                    end = row.start + row.num_tokens
-                    if end // block_size > request.num_registered_blocks:
-                        self._register(request, end // block_size)
-                    if row.start < request.num_prompt_tokens:
-                        self._prompt_tokens += min(end, request.num_prompt_tokens) - row.start
-                    if token_id is not None:
-                        self._append(request, token_id, result)
+            elif request.status is not ended:
+                end = row.start + row.num_tokens
+                if end // block_size > request.num_registered_blocks:
+                    self._register(request, end // block_size)
+                if row.start < request.num_prompt_tokens:
+                    self._prompt_tokens += min(end, request.num_prompt_tokens) - row.start
+                if token_id is not None:
+                    self._append(request, token_id, result)
             if request.status is not running:
                 self._give_back(request)
         self._num_steps += 1

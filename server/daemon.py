@@ -68,7 +68,9 @@ async def _serve(settings: Settings, config: DeepseekConfig, listener: socket.so
     loading = asyncio.create_task(engine.wait_ready())
     await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
     code = 0
-    if not stopping.done():
+    if stopping.done():
+        loading.cancel()
+    else:
         try:
             print(ready_text(settings, config, loading.result(), listener, time.monotonic() - started), flush=True)
             # If the engine dies from here on, requests are answered with 503 until somebody stops the daemon.

@@ -330,8 +330,8 @@ def run_engine(channel: EngineChannel, runner_factory: RunnerFactory) -> int:
     try:
         engine.run()
     except Exception as error:
-        request_ids = sorted(engine.open_ids)
-        logger.exception("step %d failed; open requests: %s", engine.step, " ".join(request_ids))
+        request_ids = scheduler.ids_in_flight
+        logger.exception("step %d failed with %s", engine.step, " ".join(request_ids) or "no requests")
         message = f"step {engine.step} failed: {type(error).__name__}: {_one_line(error)}"
         failure = EngineFailed(kind="step", message=message, request_ids=request_ids)
     outbox.close()

@@ -107,6 +107,11 @@ class Scheduler:
         """Steps scheduled and not yet processed by `update`."""
         return len(self._steps)
 
+    @property
+    def ids_in_flight(self) -> list[str]:
+        """Requests of the steps in flight: whom to name when a step fails."""
+        return [request.request_id for _, requests in self._steps for request in requests]
+
     def make_request(self, message: AddRequest) -> Request:
         """Unpack a message and hash its prompt's blocks (about 1 us a block).
 

@@ -222,9 +222,9 @@ def test_a_drain_that_is_too_short_aborts_the_rest(start: StartEngine) -> None:
 
 
 def test_an_exception_in_a_step_ends_it_and_is_logged_with_the_requests(start: StartEngine) -> None:
-    engine = start("--raise-at-step", "10")
+    engine = start("--raise-at-step", "10", max_num_seqs=3)
     engine.wait_ready()
-    for i in range(3):
+    for i in range(5):
         engine.add(f"r{i}", [777, 778], max_tokens=100)
     failed = engine.until(lambda message: isinstance(message, EngineFailed))
     assert failed == EngineFailed(
@@ -234,7 +234,7 @@ def test_an_exception_in_a_step_ends_it_and_is_logged_with_the_requests(start: S
     )
     assert not engine.finished
     assert engine.end() == 70
-    assert "step 10 failed; open requests: r0 r1 r2" in engine.log
+    assert "step 10 failed with r0 r1 r2\n" in engine.log
     assert "Traceback" in engine.log
 
 

@@ -1,10 +1,11 @@
 """How the next token of each row is chosen from its logits.
 
-A draw is a function of (logits, parameters, seed, position) of its own row: the one uniform number it
-takes comes from a counter-based generator (Philox4x32-10: Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011) with the request's seed as key and the position of the new token as counter.
-So neither neighbours in the batch nor a preemption change a request's text, and there is no generator
-state to save.
+A draw is a function of (logits, parameters, seed, position) of its own row: id i runs for the time E_i / p_i, where
+the E_i are exponential random numbers and functions of (seed, position, i), and the first to arrive is chosen, which
+happens with probability p_i. There is no generator state, so neither neighbours in the batch nor a preemption change
+a request's text. One uniform number and the cumulative distribution would give the same probabilities, but there a
+change of the logits in their last bits, which other batch shapes bring about, moves every border between ids: with
+100,000 ids and changes of 0.01, as bfloat16 has them, 39 % of the draws change; in the race 0.7 % do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 CANDIDATES = 512
 """Sorting a vocabulary of 100,000 costs ten times what finding its largest few hundred does, and those nearly always
 hold all that top_p or min_p keep; where they do not, everything is sorted."""
-SLICE_ELEMENTS = 1 << 20
+SLICE_ELEMENTS = 1 << 19
 """Rows are drawn for in slices of this many logits: the float64 copies stay in the caches (3 x faster on a CPU)."""
 
 
@@ -78,7 +79,9 @@ def draw(logits: torch.Tensor, inputs: SamplingInputs, rows: NDArray[np.int64]) 
     device = logits.device
     weights = boltzmann(logits[torch.from_numpy(rows).to(device)], inputs.temperature[rows])
     truncate(weights, inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows])
-    return inverse_cdf(weights, torch.from_numpy(uniforms(inputs.seed[rows], inputs.position[rows])).to(device))
+    seed = torch.from_numpy(inputs.seed[rows].view(np.int64)).to(device)
+    key = mix64(mix64(seed) ^ torch.from_numpy(inputs.position[rows]).to(device))
+    return race(weights, key)
 
 
 def penalise(logits: torch.Tensor, penalties: Penalties) -> None:
@@ -160,32 +163,38 @@ def _prefix(
     return kept, ordered.gather(1, kept - 1)
 
 
-def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The id [R] at which each row's cumulative weight, ids ascending, first exceeds `uniform` [R] of the whole.
-
-    An id of weight 0 is never chosen: its cumulative weight equals its predecessor's.
-    """
-    cdf = weights.cumsum(dim=-1)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-
-
-def uniforms(seed: NDArray[np.uint64], position: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) of 53 random bits for each (seed, position)."""
-    counter = np.zeros((4, len(seed)), np.uint64)
-    counter[0] = position
-    key = np.stack([seed & np.uint64(0xFFFFFFFF), seed >> np.uint64(32)])
-    words = philox4x32(counter, key)
-    bits: NDArray[np.uint64] = (words[0] >> np.uint64(5) << np.uint64(26)) + (words[1] >> np.uint64(6))
-    return bits.astype(np.float64) * 2.0**-53
+def race(weights: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The id [R] that arrives first in each row of `weights` [R, V] float64; one of weight 0 never does."""
+    if weights.count_nonzero() > weights.numel() // 4:
+        ids = torch.arange(weights.shape[1], device=weights.device)
+        return weights.div_(exponentials(key[:, None], ids)).argmax(dim=-1)
+    rows, ids = weights.nonzero(as_tuple=True)
+    speeds = torch.zeros_like(weights)
+    speeds[rows, ids] = weights[rows, ids] / exponentials(key[rows], ids)
+    return speeds.argmax(dim=-1)
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Philox4x32-10: counters [4, n] and keys [2, n] of 32-bit words, held in 64 bits for the products, to [4, n]."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (product2 >> shift) ^ c1 ^ k0, product2 & low, (product0 >> shift) ^ c3 ^ k1, product0 & low
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-    return np.stack([c0, c1, c2, c3])
+def exponentials(key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """-ln of output number `ids` of SplitMix64 seeded with `key`, as 53 bits between 0 and 1; int64, broadcast."""
+    bits = mix64(key + (ids + 1) * GOLDEN_GAMMA)
+    return _shift_(bits, 11).double().add_(0.5).mul_(2.0**-53).log_().neg_()
+
+
+def mix64(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA
+    2014; constants of Vigna's splitmix64.c), on the bits of int64: torch multiplies modulo 2^64."""
+    x = (x ^ _shift_(x.clone(), 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_(_shift_(x.clone(), 27)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_(_shift_(x.clone(), 31))
+
+
+def _shift_(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Right shift of int64, in place, as if it were unsigned."""
+    return x.bitwise_right_shift_(bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)

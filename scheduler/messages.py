@@ -136,7 +136,7 @@ class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The engine cannot go on and exits after this frame."""
 
     kind: str
-    """`config` (exit 2: the operator must change something) or `step` (exit 70)."""
+    """`config` (exit 2: the operator must change something), `load` or `step` (exit 70: a failure of our own)."""
     message: str
     """One line for the operator; never sent to clients."""
     request_ids: list[str] = msgspec.field(default_factory=list)

@@ -282,6 +282,18 @@ def test_after_200_aborted_streams_the_pool_is_free_and_a_new_request_answers() 
     with_engine(scenario, "--step-seconds", "0.001", num_blocks=300, max_num_seqs=16)
 
 
+def test_a_pool_that_is_far_too_small_costs_time_and_no_tokens() -> None:
+    async def scenario(engine: EngineClient) -> None:
+        prompts = [[i] * (20 + i) for i in range(32)]
+        requests = [add_request(f"r{i}", prompt, 400) for i, prompt in enumerate(prompts)]
+        answers = await asyncio.gather(*(read(engine.submit(request)) for request in requests))
+        assert [tokens for tokens, _ in answers] == [expected_tokens(prompt, 400) for prompt in prompts]
+        assert engine.stats.num_preemptions >= 10
+        assert engine.stats.free_blocks == 40
+
+    with_engine(scenario, num_blocks=40)
+
+
 def test_figures_of_steps_and_heartbeats_are_reported() -> None:
     async def scenario(engine: EngineClient) -> None:
         figures: list[EngineStats] = []

@@ -1,4 +1,4 @@
-# latentd: every command of the project. `make help` lists them.
+# Every command of the project; `make help` lists them.
 #
 #   make serve [MODEL=folder] [ARGS="--port 9000"]    set up and start the daemon
 #   make test                                         set up and run lint, types and tests
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel format bench clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel bench docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -50,6 +50,12 @@ test-slow: dev ## the tests that take minutes
 
 test-wheel: dev ## the wheel, installed in an empty environment
 	$(BIN)/python -m pytest -m slow tests/test_package.py
+
+bench: dev ## what the scheduler and the block pool cost, without a model
+	$(BIN)/python -m benchmarks.control_plane
+
+docs: dev ## write the tables of the documents that follow from the code
+	$(BIN)/python -m tools.write_docs
 
 format: dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -106,7 +106,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
             serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=field.description)
         elif name == "prefix_cache":
             serve.add_argument(
-                flag_of(name), dest=name, action="store_false", default=argparse.SUPPRESS, help="Do not " + _help(name)
+                flag_of(name), dest=name, action="store_false", default=argparse.SUPPRESS, help=field.description
             )
         else:
             repeatable = get_origin(field.annotation) is tuple
@@ -148,8 +148,6 @@ def _help(name: str) -> str:
     """A setting's description, with its default where that is a value and not a behaviour."""
     field = Settings.model_fields[name]
     text = str(field.description)
-    if name == "prefix_cache":
-        return text[0].lower() + text[1:]
     return text if field.default in (None, ()) else f"{text} Default: {field.default}."
 
 

@@ -77,7 +77,9 @@ class Settings(BaseSettings):
     kv_cache_memory: int | None = Field(
         None, ge=1, description="Size of the latent cache, e.g. 4GiB. Default: from the free memory."
     )
-    prefix_cache: bool = Field(True, description="Reuse the cached blocks of prompts that begin alike; the flag turns it off.")
+    prefix_cache: bool = Field(
+        True, description="Reuse the cached blocks of prompts that begin alike; the flag turns it off."
+    )
     seed: int | None = Field(
         None, ge=0, lt=1 << 64, description="Makes the seeds of requests that bring none repeatable. Default: random."
     )

@@ -176,6 +176,8 @@ def test_control_tokens_in_variables_and_tools_are_text() -> None:
     prompt = chat.render([user("q")], tools=[{"name": {A: A}}], variables={"note": A})
     assert control_ids(ids_of(prompt)) == [A]
     assert prompt.text == f'q{A}[{{"name": {{"{A}": "{A}"}}}}]{A}'
+    only_a_key = chat.render([user("q")], tools=[{A: 1}], variables={"note": ""})
+    assert control_ids(ids_of(only_a_key)) == [A]
     ascii_only = template("{{ messages[0].content | tojson(ensure_ascii=true) }}<|EOT|>")
     assert control_ids(ids_of(ascii_only.render([user("<|EOT|>")]))) == ["<|EOT|>"]
 
@@ -186,6 +188,11 @@ def test_neighbouring_messages_cannot_complete_a_control_token() -> None:
         prompt = chat.render([user("x" + A[:cut] + " "), user(" " + A[cut:])])
         assert prompt.text == "x" + A
         assert control_ids(ids_of(prompt)) == []
+
+
+def test_control_tokens_that_overlap_are_all_text() -> None:
+    chat = ChatTemplate("{{ messages[0].content }}ab", bos_token=B, eos_token=E, control_tokens=["ab", "abd", "bc"])
+    assert chat.render([user("abc abd")]).segments == (Segment("abc abd", trusted=False), Segment("ab", trusted=True))
 
 
 def test_removing_a_piece_cannot_make_a_control_token() -> None:
@@ -260,7 +267,8 @@ def test_null_fields_are_absent_fields() -> None:
     expected = TEMPLATES["v3"].render([user("q"), assistant("a")]).text
     for calls in (None, []):
         message = assistant("a", tool_calls=calls, name=None)
-        assert TEMPLATES["v3"].render([{**user("q"), "name": None}, message]).text == expected
+        assert TEMPLATES["v3"].render([user("q"), message]).text == expected
+    assert template("{{ 'name' in messages[0] }}").render([{**user("q"), "name": None}]).text == "False"
 
 
 def test_arguments_given_as_an_object_become_text() -> None:

@@ -171,6 +171,14 @@ def test_sentence_piece_tokens_keep_their_space_and_byte_fallback_is_bytes(tmp_p
     assert library.decode([0, 4, 5, 6, 7, 2]) == "the🙂a"  # a whole text loses its first space, an answer does not
 
 
+def test_byte_level_entries_outside_the_alphabet_stand_for_themselves(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(models.BPE(vocab={"Ġa": 0, "Ġ｜": 1, "a b": 2}, merges=[]))
+    library.decoder = decoders.ByteLevel()
+    tokenizer = load_tokenizer(write(tmp_path, library), 3)
+    for token_id, expected in enumerate((" a", "Ġ｜", "a b")):
+        assert text_of(tokenizer, [token_id]) == expected == library.decode([token_id])
+
+
 def test_metaspace_decoder(tmp_path: Path) -> None:
     library = tokenizers.Tokenizer(models.BPE(vocab={"▁the": 0, "a": 1}, merges=[]))
     library.decoder = decoders.Metaspace()

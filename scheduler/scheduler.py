@@ -110,7 +110,7 @@ class Scheduler:
     @property
     def ids_in_flight(self) -> list[str]:
         """Requests of the steps in flight: whom to name when a step fails."""
-        return [request.request_id for _, requests in self._steps for request in requests]
+        return list(dict.fromkeys(request.request_id for _, requests in self._steps for request in requests))
 
     def make_request(self, message: AddRequest) -> Request:
         """Unpack a message and hash its prompt's blocks (about 1 us a block).
@@ -286,8 +286,9 @@ class Scheduler:
         new_rows: list[NewRow] = []
         if not (budget and self._waiting and self._free_rows):
             return new_rows
-        # Blocks that no running request needs for the tokens it already has. Counting them, not only the
-        # next chunk's, keeps a long prompt from being admitted half-way and preempted at once.
+        # Blocks that no running request needs for the tokens it has: one that reached a block's end takes a
+        # new block in the next step, and would take it from the request admitted now. That one in turn is
+        # counted with all its tokens, not its next chunk's, or it would be preempted half-way.
         spare = self.pool.free_count - sum(self._num_blocks(r.num_tokens) - len(r.block_table) for r in self._running)
         while budget and self._waiting and self._free_rows:
             request = self._waiting[0]

@@ -117,6 +117,7 @@ def test_the_next_step_is_planned_before_the_tokens_of_this_one_are_known() -> N
     first, sampled_first = bench.plan()
     second, sampled_second = bench.plan()
     assert bench.scheduler.in_flight == 2
+    assert bench.scheduler.ids_in_flight == ["a"]
     assert shape(first) == [(0, 0, 5, True)]
     assert shape(second) == [(0, 5, 1, True)]
     assert bench.process(sampled_first).token_ids == [sampled_first.token_ids]
@@ -227,6 +228,18 @@ def test_cached_tokens_are_those_of_the_first_admission() -> None:
     assert bench.cached == {"old": 0, "new": 0}
 
 
+def test_a_request_preempted_before_its_first_token_reports_its_first_admission() -> None:
+    bench = Bench(num_blocks=5, max_num_batched_tokens=5)
+    bench.add("old", range(7), max_tokens=8)
+    bench.add("new", range(100, 112), max_tokens=1)
+    bench.run()
+    assert bench.scheduler.stats().num_preemptions == 1
+    assert bench.worker.bound[-1].num_prompt_tokens == len(bench.worker.bound[-1].tokens) == 12
+    assert bench.worker.bound[-1].block_table, "the resumption hit the cache"
+    assert bench.cached == {"old": 0, "new": 0}
+    assert (bench.scheduler.stats().prefix_queries, bench.scheduler.stats().prefix_hits) == (19, 0)
+
+
 # Out of blocks
 
 
@@ -299,14 +312,42 @@ def test_two_big_requests_in_a_pool_for_one_and_a_half_take_turns_without_thrash
     assert bench.pool.free_count == 90
 
 
-def test_a_prompt_is_admitted_only_if_the_running_ones_can_finish_theirs() -> None:
-    """Half a prompt in the pool would be preempted at once: `b` waits although its first chunk would fit."""
-    bench = Bench(num_blocks=12, max_num_batched_tokens=8)
-    bench.add("a", range(39), max_tokens=2)
-    bench.add("b", range(100, 112), max_tokens=2)
+def test_an_admission_leaves_the_blocks_that_running_requests_need_next() -> None:
+    bench = Bench(num_blocks=4)
+    bench.add("a", range(7), max_tokens=4)
+    bench.step()
+    bench.add("b", range(100, 108), max_tokens=1)
+    assert len(bench.step().rows) == 1, "two blocks are free, and the next token of `a` needs one of them"
     bench.run()
-    assert bench.scheduler.stats().num_preemptions == 0
     assert list(bench.finished) == ["a", "b"]
+    assert bench.scheduler.stats().num_preemptions == 0
+
+
+def test_a_prompt_is_admitted_only_if_all_of_it_fits() -> None:
+    """Half a prompt in the pool would be preempted half-way: `b` waits although its first chunk would fit."""
+    bench = Bench(num_blocks=6, max_num_batched_tokens=9)
+    bench.add("a", range(7), max_tokens=4)
+    bench.add("b", range(100, 120), max_tokens=1)
+    bench.run()
+    assert list(bench.finished) == ["a", "b"]
+    assert bench.scheduler.stats().num_preemptions == 0
+
+
+def test_no_more_is_preempted_than_has_to_be_while_blocks_are_on_their_way_back() -> None:
+    bench = Bench(num_blocks=6)
+    for request_id in "abc":
+        bench.add(request_id, [ord(request_id)] * 5, max_tokens=8)
+    _, first = bench.plan()
+    for _ in range(3):
+        _, second = bench.plan()
+        bench.process(first)
+        first = second
+    assert bench.scheduler.schedule() is None, "the blocks of `c` return with the step in flight"
+    assert bench.scheduler.stats().num_preemptions == 1
+    bench.process(first)
+    assert [row.row for row in bench.step().rows] == [0, 1]
+    bench.run()
+    assert bench.finished.keys() == {"a", "b", "c"}
 
 
 def test_an_admission_leaves_the_watermark_free() -> None:

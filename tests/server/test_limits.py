@@ -1,0 +1,136 @@
+"""Every row of the table: the bound passes, the bound plus one is refused with the field's name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from server import limits
+from server.limits import LIMITS, Limit
+from tests.server.harness import JSON, Answer, answers, call, chat, make_app, tokenizer
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+def request_for(limit: Limit, value: int | float) -> tuple[str, bytes, list[tuple[bytes, bytes]]]:
+    """A request that has exactly `value` of what the row bounds."""
+    integer = int(value)
+    message = {"role": "user", "content": "x"}
+    body: dict[str, Any] = {"prompt": "x"}
+    path = COMPLETIONS
+    headers = [JSON]
+    match limit.name:
+        case "body":
+            text = json.dumps(body).encode()
+            return path, text + b" " * (integer - len(text)), headers
+        case "header_count":
+            headers += [(b"x-%d" % index, b"") for index in range(integer - 2)]  # and Host
+        case "headers":
+            used = len(b"hostlocalhost:8000") + sum(map(len, JSON))
+            headers.append((b"x", b"y" * (integer - used - 1)))
+        case "json_depth":
+            return path, b'{"prompt": "x", "unknown": ' + b"[" * integer + b"]" * integer + b"}", headers
+        case "messages":
+            path, body = CHAT, {"messages": [message] * integer}
+        case "content_parts":
+            path, body = CHAT, {"messages": [{**message, "content": [{"type": "text", "text": "x"}] * integer}]}
+        case "name":
+            path, body = CHAT, chat()
+            body["messages"][0]["name"] = "n" * integer
+        case "model":
+            body["model"] = "m" * integer
+        case "stop":
+            body["stop"] = ["zq"] * integer
+        case "stop_length":
+            body["stop"] = "é" * (integer // 2) + "e" * (integer % 2)
+        case "stop_token_ids":
+            body["stop_token_ids"] = [2] * integer
+        case "token_id":
+            body["stop_token_ids"] = [integer]
+        case "cache_salt":
+            body["cache_salt"] = "s" * integer
+        case name:
+            is_integer = isinstance(limit.maximum, int)
+            body[name] = integer if is_integer else value
+    return path, json.dumps(body).encode(), headers
+
+
+def send(limit: Limit, value: int | float) -> Answer:
+    async def run() -> Answer:
+        app, _ = make_app(answers("ok"), served_model_name=("m" * 256, "x"))
+        path, body, headers = request_for(limit, value)
+        return await call(app, "POST", path, body, headers)
+
+    return asyncio.run(run())
+
+
+def above(limit: Limit) -> float:
+    return limit.maximum + (1 if isinstance(limit.maximum, int) else 0.01)
+
+
+def below(limit: Limit) -> float:
+    assert limit.minimum is not None
+    return limit.minimum - (1 if isinstance(limit.minimum, int) else 0.01)
+
+
+ELSEWHERE = {"request_id"}
+"""A longer one is replaced, not refused: test_middleware."""
+ROWS = [limit for limit in LIMITS if limit.name not in ELSEWHERE]
+STATUS = {"body": 413, "headers": 431, "header_count": 431}
+PARAM: dict[str, Callable[[str], bool]] = {
+    "content_parts": lambda param: param == "messages[0].content",
+    "name": lambda param: param == "messages[0].name",
+    "stop_length": lambda param: param == "stop",
+    "token_id": lambda param: param == "stop_token_ids[0]",
+}
+
+
+def by_name(limit: Limit) -> str:
+    return limit.name
+
+
+@pytest.mark.parametrize("limit", ROWS, ids=by_name)
+def test_maximum(limit: Limit) -> None:
+    refused = send(limit, above(limit))
+    assert refused.status == STATUS.get(limit.name, 400)
+    if refused.status == 400 and limit.name != "json_depth":
+        assert PARAM.get(limit.name, lambda param: param == limit.name)(refused.error["param"])
+    passed = send(limit, limit.maximum)
+    if limit.name in ("token_id", "max_tokens", "messages", "content_parts"):
+        # In the table's range, and then too much for this model.
+        error = passed.error
+        assert error["code"] == "context_length_exceeded" or "vocabulary" in error["message"]
+    else:
+        assert passed.status == 200, passed.body
+
+
+@pytest.mark.parametrize("limit", [limit for limit in ROWS if limit.minimum is not None], ids=by_name)
+def test_minimum(limit: Limit) -> None:
+    assert send(limit, below(limit)).status == 400
+    assert limit.minimum is not None
+    assert send(limit, limit.minimum).status == 200
+
+
+def test_chunked_body_is_bounded_without_a_length() -> None:
+    async def run() -> Answer:
+        app, _ = make_app(answers("ok"))
+        part = b" " * (limits.MAX_BODY_BYTES.maximum // 4)
+        return await call(app, "POST", COMPLETIONS, [part] * 4 + [b" "], [JSON])
+
+    answer = asyncio.run(run())
+    assert (answer.status, answer.headers["connection"]) == (413, "close")
+
+
+def test_token_ids_are_below_the_vocabulary() -> None:
+    async def run(token_id: int) -> Answer:
+        app, _ = make_app(answers("ok"))
+        return await call(app, "POST", COMPLETIONS, json.dumps({"prompt": [token_id]}).encode(), [JSON])
+
+    assert asyncio.run(run(tokenizer().vocab_size - 1)).status == 200
+    refused = asyncio.run(run(tokenizer().vocab_size))
+    assert (refused.status, refused.error["param"]) == (400, "prompt")

@@ -1,0 +1,237 @@
+"""What a request may look like: null is absent, types are not coerced, what is not built is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from server.errors import ApiError, UnsupportedParameter
+from server.json_body import ignored_header, parse_body
+from server.schemas import chat, completion
+from server.schemas.chat import ChatCompletionRequest
+from server.schemas.completion import CompletionRequest
+from server.schemas.sampling import SamplingFields
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def parse_chat(**fields: Any) -> ChatCompletionRequest:
+    body = json.dumps({"messages": MESSAGES, **fields}).encode()
+    return parse_body(body, ChatCompletionRequest, chat.UNSUPPORTED)[0]
+
+
+def parse_completion(**fields: Any) -> CompletionRequest:
+    body = json.dumps({"prompt": "x", **fields}).encode()
+    return parse_body(body, CompletionRequest, completion.UNSUPPORTED)[0]
+
+
+def test_null_is_absent_for_every_field() -> None:
+    for model, parse, required in (
+        (ChatCompletionRequest, parse_chat, "messages"),
+        (CompletionRequest, parse_completion, "prompt"),
+    ):
+        unsupported = chat.UNSUPPORTED if parse is parse_chat else completion.UNSUPPORTED
+        nulls = dict.fromkeys((name for name in (*model.model_fields, *unsupported) if name != required), None)
+        assert parse(**nulls) == parse()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "1"),
+        ("temperature", True),
+        ("temperature", []),
+        ("max_tokens", "1"),
+        ("max_tokens", True),
+        ("max_tokens", 1.5),
+        ("top_k", 1.0),
+        ("seed", False),
+        ("stream", 1),
+        ("stream", "true"),
+        ("ignore_eos", 0),
+        ("stop", 1),
+        ("stop", [1]),
+        ("stop", [None]),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop_token_ids", "1"),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", [-1]),
+        ("stream_options", True),
+        ("stream_options", {"include_usage": 1}),
+        ("model", 1),
+        ("cache_salt", 1),
+        ("messages", "x"),
+        ("messages", []),
+        ("messages", [[]]),
+        ("messages", [{"content": "x"}]),
+        ("messages", [{"role": "wizard", "content": "x"}]),
+        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "user", "content": None}]),
+        ("messages", [{"role": "user", "content": 1}]),
+        ("messages", [{"role": "user", "content": [{"type": "text"}]}]),
+        ("messages", [{"role": "user", "content": [{"type": "text", "text": 1}]}]),
+        ("messages", [{"role": "user", "content": ["x"]}]),
+        ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]),
+        ("messages", [{"role": "assistant", "content": "x", "prefix": True}]),
+    ],
+)
+def test_wrong_values_name_their_field(field: str, value: object) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat(**{field: value})
+    assert caught.value.status == 400
+    assert caught.value.param is not None
+    assert caught.value.param.split("[")[0].split(".")[0] == field
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url"])
+def test_only_text_parts(kind: str) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": kind, kind: {"url": "data:"}}]
+    with pytest.raises(ApiError, match="text only") as caught:
+        parse_chat(messages=[{"role": "user", "content": parts}])
+    assert caught.value.param == "messages[0].content[1]"
+
+
+def test_content_forms() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}, {"type": "refusal", "refusal": "c"}]
+    parse_chat(messages=[{"role": "user", "content": parts}, {"role": "assistant", "content": None}])
+    parse_chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [], "function_call": None}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("x", ["x"]),
+        (["x"], ["x"]),
+        (["x", "y"], ["x", "y"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1], [2]], [[1], [2]]),
+    ],
+)
+def test_prompt_forms(prompt: object, expected: list[object]) -> None:
+    assert parse_completion(prompt=prompt).prompts == expected
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        [],
+        [""],
+        [[]],
+        [[1], []],
+        ["x", 1],
+        [1, "x"],
+        [[1], "x"],
+        [1.0],
+        [True],
+        [None],
+        [-1],
+        [[["x"]]],
+        {},
+        1,
+        True,
+    ],
+)
+def test_bad_prompts(prompt: object) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(prompt=prompt)
+    assert (caught.value.status, str(caught.value.param)[:6]) == (400, "prompt")
+
+
+def test_missing_prompt() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_body(b"{}", CompletionRequest, completion.UNSUPPORTED)
+    assert caught.value.param == "prompt"
+
+
+ASKING = {
+    "n": 2,
+    "best_of": 2,
+    "logprobs": True,
+    "top_logprobs": 1,
+    "echo": True,
+    "suffix": "x",
+    "logit_bias": {"1": 1},
+    "tools": [{"type": "function"}],
+    "tool_choice": "required",
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "x"},
+    "guided_json": {},
+    "min_tokens": 1,
+    "bad_words": ["x"],
+    "allowed_token_ids": [1],
+    "prompt_logprobs": 0,
+    "modalities": ["text", "audio"],
+    "chat_template": "{{ messages }}",
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "truncate_prompt_tokens": 1,
+    "functions": [{}],
+    "audio": {},
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
+    parse = parse_chat if name in chat.UNSUPPORTED else parse_completion
+    with pytest.raises(UnsupportedParameter) as caught:
+        parse(**{name: ASKING[name]})
+    assert caught.value.param == name
+
+
+def test_neutral_values_pass() -> None:
+    for parse, unsupported in ((parse_chat, chat.UNSUPPORTED), (parse_completion, completion.UNSUPPORTED)):
+        for name, values in unsupported.items():
+            for value in values:
+                parse(**{name: value})
+    parse_chat(response_format={"type": "text"}, tools=[], tool_choice="none", n=1, logprobs=False)
+
+
+def test_neutral_is_compared_with_its_type() -> None:
+    for value in (True, 1.0, "1", [1]):
+        with pytest.raises(UnsupportedParameter):
+            parse_chat(n=value)
+    with pytest.raises(UnsupportedParameter):
+        parse_completion(logprobs=0)
+
+
+def test_unread_fields_are_reported() -> None:
+    body = b'{"prompt": "x", "user": "me", "foo": 1, "n": 1, "top_p": null}'
+    _, ignored = parse_body(body, CompletionRequest, completion.UNSUPPORTED)
+    assert ignored == ["user", "foo"]
+
+
+def test_ignored_header_is_safe_and_bounded() -> None:
+    assert ignored_header([]) == {}
+    assert ignored_header(["user", "a\r\nb: c", "é", "x" * 65]) == {"X-Ignored-Params": "user, ?, ?, ?"}
+    assert len(ignored_header(["y" * 64] * 1000)["X-Ignored-Params"]) < 2500
+
+
+def test_completion_tokens_win() -> None:
+    assert parse_chat(max_tokens=1, max_completion_tokens=2).token_limit == 2
+    assert parse_chat(max_tokens=1).token_limit == 1
+    assert parse_chat().token_limit is None
+
+
+def test_no_field_is_both_read_and_refused() -> None:
+    models: list[tuple[type[BaseModel], dict[str, tuple[object, ...]]]] = [
+        (ChatCompletionRequest, chat.UNSUPPORTED),
+        (CompletionRequest, completion.UNSUPPORTED),
+    ]
+    for model, unsupported in models:
+        assert not model.model_fields.keys() & unsupported.keys()
+
+
+def test_stops() -> None:
+    def stops(**fields: Any) -> list[str]:
+        parsed: SamplingFields = parse_chat(**fields)
+        return parsed.stops
+
+    assert stops() == []
+    assert stops(stop="a") == ["a"]
+    assert stops(stop=["a", "b"]) == ["a", "b"]

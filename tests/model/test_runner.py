@@ -1,0 +1,140 @@
+"""The worker on real checkpoints: what it loads, what it refuses, and that a step's tokens are the network's."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
+from model.config import CheckpointError, load_config
+from model.pool_size import ConfigError
+from model.reference import reference_logits
+from model.runner import ModelRunner, load_runner
+from tests.checkpoints import make_checkpoint, read_tensors, write_tensors
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
+
+
+def load(path: Path, **options: Any) -> ModelRunner:
+    return load_runner(path, **{"max_num_seqs": 4, "num_threads": 1, "progress": False} | options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("runner"), "v2-yarn")
+
+
+def prefill(row: int, prompt: list[int], blocks: list[int]) -> tuple[NewRow, ScheduledRow]:
+    new = NewRow(row=row, tokens=array("I", prompt), num_prompt_tokens=len(prompt), params=GREEDY)
+    return new, ScheduledRow(row, 0, len(prompt), blocks, sample=True)
+
+
+def test_greedy_tokens_are_those_of_the_naive_twin(checkpoint: Path) -> None:
+    runner = load(checkpoint)
+    config, weights = load_config(checkpoint), read_tensors(checkpoint)
+    sequences = [[11, 12, 13], [(7 * i) % 250 + 2 for i in range(70)]]
+    new, rows = zip(*(prefill(i, list(s), [2 * i + 1, 2 * i]) for i, s in enumerate(sequences)), strict=True)
+    batch = ForwardBatch(0, list(rows), list(new))
+    for step in range(1, 7):
+        sampled = runner.execute(batch)
+        assert (sampled.step, sampled.rows) == (step - 1, [0, 1])
+        for sequence, token in zip(sequences, sampled.token_ids, strict=True):
+            assert token == reference_logits(config, weights, sequence)[-1].argmax().item()
+            sequence.append(token)
+        batch = ForwardBatch(step, [ScheduledRow(i, len(s) - 1, 1, sample=True) for i, s in enumerate(sequences)])
+
+
+def test_rows_that_do_not_sample_give_no_token(checkpoint: Path) -> None:
+    runner = load(checkpoint)
+    whole = runner.execute(ForwardBatch(0, *([x] for x in reversed(prefill(0, [5, 6, 7, 8], [3]))))).token_ids
+    new, _ = prefill(1, [5, 6, 7, 8], [])
+    first = runner.execute(ForwardBatch(1, [ScheduledRow(1, 0, 3, [9])], [new]))
+    assert (first.rows, first.token_ids) == ([], [])
+    assert runner.execute(ForwardBatch(2, [ScheduledRow(1, 3, 1, sample=True)])).token_ids == whole
+
+
+def test_logits_that_are_not_finite_end_one_row_only(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "v2")
+    tensors = read_tensors(path)
+    tensors["model.embed_tokens.weight"][77] = torch.nan
+    write_tensors(path, tensors)
+    runner = load(path)
+    new, rows = zip(prefill(0, [5, 6], [0]), prefill(1, [5, 77], [1]), prefill(2, [5, 6], [2]), strict=True)
+    good, bad, again = runner.execute(ForwardBatch(0, list(rows), list(new))).token_ids
+    assert bad == -1
+    assert good == again >= 0
+
+
+def test_a_network_that_computes_nothing_finite_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "v2")
+    tensors = read_tensors(path)
+    tensors["lm_head.weight"].fill_(3e38)
+    write_tensors(path, tensors)
+    with pytest.raises(CheckpointError, match="logits are not finite in float32"):
+        load(path)
+
+
+def test_what_the_engine_tells_the_front_end(checkpoint: Path) -> None:
+    runner = load(checkpoint, max_model_len=1000, num_blocks=40)
+    config = load_config(checkpoint)
+    assert runner.model_type == "deepseek_v2"
+    assert (runner.device, runner.dtype, runner.ops) == ("cpu", "float32", "eager")
+    assert (runner.max_model_len, runner.num_blocks) == (1000, 40)
+    assert (runner.vocab_size, tuple(runner.eos_token_ids)) == (config.vocab_size, (1,))
+    assert runner.cache_bytes_per_token == config.latent_dim * config.num_hidden_layers * 4
+    assert runner.weight_bytes == 4 * config.num_parameters()
+    assert len(runner.fingerprint) == 64
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("file_dtype", "asked", "expected"),
+    [
+        (torch.float32, "auto", "float32"),
+        (torch.bfloat16, "auto", "bfloat16"),
+        (torch.float16, "auto", "bfloat16"),
+        (torch.float32, "bfloat16", "bfloat16"),
+        (torch.bfloat16, "float32", "float32"),
+    ],
+)
+def test_dtype(tmp_path: Path, file_dtype: torch.dtype, asked: str, expected: str) -> None:
+    runner = load(make_checkpoint(tmp_path, "v3", dtype=file_dtype), dtype=asked, num_blocks=8)
+    assert runner.dtype == expected
+    assert runner.cache.data.dtype == getattr(torch, expected)
+    assert runner.execute(ForwardBatch(0, *([x] for x in reversed(prefill(3, [5, 6], [7]))))).token_ids[0] >= 0
+
+
+def test_the_shortest_model_warms_up(checkpoint: Path) -> None:
+    assert load(checkpoint, max_model_len=2, num_blocks=1, max_num_batched_tokens=1).max_model_len == 2
+
+
+def test_what_cannot_be_met_is_refused_before_anything_is_loaded(checkpoint: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device cuda: torch finds no usable GPU"):
+            load(checkpoint, device="cuda")
+    with pytest.raises(ConfigError, match="max_model_len 1000 needs 16 blocks"):
+        load(checkpoint, max_model_len=1000, num_blocks=15)
+    with pytest.raises(ConfigError, match=r"kv_cache_memory 1048576\.00 GiB needs"):
+        load(checkpoint, kv_cache_memory=1 << 50)
+
+
+def test_a_model_beyond_the_memory_is_refused_by_its_config_alone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.runner.available_memory", lambda: 1 << 20)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load(checkpoint)
+
+
+def test_a_step_that_contradicts_the_rows_is_an_error_and_computes_nothing(checkpoint: Path) -> None:
+    runner = load(checkpoint)
+    new, row = prefill(0, [5, 6, 7], [0])
+    runner.execute(ForwardBatch(0, [row], [new]))
+    before = runner.cache.data.clone()
+    with pytest.raises(ValueError, match="step 1"):
+        runner.execute(ForwardBatch(1, [ScheduledRow(0, 9, 1, sample=True)]))
+    torch.testing.assert_close(runner.cache.data, before, rtol=0, atol=0, equal_nan=True)

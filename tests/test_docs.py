@@ -88,7 +88,9 @@ def test_the_changelog_has_the_version_of_the_package() -> None:
 
 
 def test_make_help_lists_every_target() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, text=True, capture_output=True, check=True
+    ).stdout
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     phony = re.search(r"(?m)^\.PHONY: (.*)$", makefile)
     assert phony is not None

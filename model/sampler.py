@@ -20,7 +20,7 @@ CANDIDATES = 512
 """Sorting a vocabulary of 100,000 costs ten times what finding its largest few hundred does, and those nearly always
 hold all that top_p or min_p keep; where they do not, everything is sorted."""
 SLICE_ELEMENTS = 1 << 19
-"""Rows are drawn for in slices of this many logits, whose float64 copies stay in a CPU's caches: several times faster."""
+"""Rows are drawn for in slices of this many logits: the float64 copies stay in a CPU's caches, several times faster."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ MESSAGES = Limit("messages", 4096, "messages", "messages", 1)
 CONTENT_PARTS = Limit("content_parts", 1024, "parts", "messages[].content")
 NAME = Limit("name", 256, "characters", "messages[].name")
 MODEL = Limit("model", 256, "characters", "model")
+PROMPT_IDS = Limit("prompt_ids", 2**20, "ids", "prompt")
 STOPS = Limit("stop", 16, "strings", "stop")
 STOP_BYTES = Limit("stop_length", 256, "UTF-8 bytes", "stop[]", 1)
 STOP_TOKEN_IDS = Limit("stop_token_ids", 1024, "ids", "stop_token_ids")
@@ -56,6 +57,7 @@ LIMITS: tuple[Limit, ...] = (
     CONTENT_PARTS,
     NAME,
     MODEL,
+    PROMPT_IDS,
     STOPS,
     STOP_BYTES,
     STOP_TOKEN_IDS,

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import Discriminator, Field, Tag
 
+from server import limits
 from server.schemas import sampling
 from server.schemas.sampling import SamplingFields, TokenId
 from server.schemas.usage import FinishReason, Usage
@@ -26,7 +27,7 @@ def _kind_of_prompt(value: object) -> str | None:
 
 
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=int(limits.PROMPT_IDS.maximum))]
 Prompt = Annotated[
     Annotated[Text, Tag("<string>")]
     | Annotated[list[Text], Tag("<strings>")]

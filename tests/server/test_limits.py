@@ -44,6 +44,8 @@ def request_for(limit: Limit, value: int | float) -> tuple[str, bytes, list[tupl
             body["messages"][0]["name"] = "n" * integer
         case "model":
             body["model"] = "m" * integer
+        case "prompt_ids":
+            body["prompt"] = [5] * integer
         case "stop":
             body["stop"] = ["zq"] * integer
         case "stop_length":
@@ -85,6 +87,7 @@ STATUS = {"body": 413, "headers": 431, "header_count": 431}
 PARAM: dict[str, Callable[[str], bool]] = {
     "content_parts": lambda param: param == "messages[0].content",
     "name": lambda param: param == "messages[0].name",
+    "prompt_ids": lambda param: param == "prompt",
     "stop_length": lambda param: param == "stop",
     "token_id": lambda param: param == "stop_token_ids[0]",
 }
@@ -101,7 +104,7 @@ def test_maximum(limit: Limit) -> None:
     if refused.status == 400 and limit.name != "json_depth":
         assert PARAM.get(limit.name, lambda param: param == limit.name)(refused.error["param"])
     passed = send(limit, limit.maximum)
-    if limit.name in ("token_id", "max_tokens", "messages", "content_parts"):
+    if limit.name in ("token_id", "max_tokens", "prompt_ids", "messages", "content_parts"):
         # In the table's range, and then too much for this model.
         error = passed.error
         assert error["code"] == "context_length_exceeded" or "vocabulary" in error["message"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import Any
 
 import pytest
+import uvicorn
+from sse_starlette.sse import AppStatus
 
 from scheduler.messages import AddRequest, FinishReason
 from server import generation, sse
@@ -239,21 +242,25 @@ def test_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
     assert not engine.streams
 
 
-def test_streams_survive_the_shutdown_signal() -> None:
-    """sse-starlette would end them by itself; the daemon drains instead."""
+def test_streams_survive_the_shutdown_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sse-starlette hooks into uvicorn's handler and would end them by itself; the daemon drains instead."""
+    monkeypatch.setattr(AppStatus, "should_exit", False)
+    server = uvicorn.Server(uvicorn.Config("unused"))
 
-    def first_only(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
+    def slow(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
         async def tokens() -> None:
             out.push(ids_of("one"), cached_tokens=0)
             await asyncio.sleep(0.05)
+            server.handle_exit(signal.SIGTERM, None)
             engine.state = EngineState.STOPPED
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.7)  # it looks every half second
             out.push(ids_of(" two"), finished=finish())
 
         engine.tasks.append(asyncio.ensure_future(tokens()))
 
     async def run() -> Answer:
-        app, _ = make_app(first_only)
+        app, _ = make_app(slow)
         return await post(app, COMPLETIONS, {"prompt": "x", "stream": True})
 
     assert "".join(chunk["choices"][0]["text"] for chunk in asyncio.run(run()).events) == "one two"
+    assert server.should_exit

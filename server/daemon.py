@@ -21,6 +21,7 @@ from server.banner import ready_text
 from server.chat_template import TemplateError
 from server.engine_client import EngineClient, EngineStartError
 from server.settings import Settings
+from server.tokenizer import TokenizerError
 
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 2
@@ -56,7 +57,7 @@ async def _serve(settings: Settings, config: DeepseekConfig, listener: socket.so
         server = _build_server(settings, config, engine)  # while the engine process imports torch and loads
     except EngineStartError as error:
         return _fail(error.message, error.exit_code)
-    except (CheckpointError, TemplateError) as error:
+    except (CheckpointError, TokenizerError, TemplateError) as error:
         await engine.shutdown(0)
         return _fail(str(error), 2)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -51,8 +51,9 @@ test-slow: dev ## the tests that take minutes
 test-wheel: dev ## the wheel, installed in an empty environment
 	$(BIN)/python -m pytest -m slow tests/test_package.py
 
-bench: dev ## what the scheduler and the block pool cost, without a model
-	$(BIN)/python -m benchmarks.control_plane
+bench: dev ## what scheduling and starting cost, against their targets
+	$(BIN)/python -m benchmarks.control_plane --check
+	$(BIN)/python -m benchmarks.startup --check
 
 docs: dev ## write the tables of the documents that follow from the code
 	$(BIN)/python -m tools.write_docs

@@ -238,6 +238,9 @@ def test_a_daemon_from_its_first_line_to_a_drain(capsys: pytest.CaptureFixture[s
     with daemon("--port", str(port), "--host", "0.0.0.0", "--num-blocks", "64", "--num-threads", "1") as process:
         wait_for(port, "/ready", 200)
         assert healthcheck.main([str(port)]) == 0
+        resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        assert resident is not None
+        assert int(resident[1]) * 1024 < 150e6
         with open_stream(port, max_tokens=50) as stream:
             process.send_signal(signal.SIGTERM)
             wait_for(port, "/ready", 503)

@@ -50,8 +50,10 @@ class Weight(nn.Module):
 class DeepseekAttention(nn.Module):
     """Multi-head latent attention: keys and values of all heads come from one latent of width kv_lora_rank."""
 
-    kv_b: Tensor
-    """[H, dn + dv, r], a view of kv_b_proj: each head's W_UK, then its W_UV."""
+    w_uk: Tensor
+    """[H, dn, r], made by `prepare`: the rows of kv_b_proj that rebuild keys."""
+    w_uv: Tensor
+    """[H, dv, r]: those that rebuild values. kv_b_proj has them interleaved by head."""
 
     def __init__(
         self, config: DeepseekConfig, ops: Ops, layer: int, dtype: torch.dtype, device: torch.device | str
@@ -72,7 +74,11 @@ class DeepseekAttention(nn.Module):
         self.o_proj = weight(hidden, heads * config.v_head_dim, bias=bias)
 
     def prepare(self) -> None:
-        self.kv_b = self.kv_b_proj.weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+        """Copies, since a batched product over heads would copy its strided views in every step."""
+        config = self.config
+        kv_b = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        w_uk, w_uv = torch.split(kv_b, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        self.w_uk, self.w_uv = w_uk.contiguous(), w_uv.contiguous()
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -96,7 +102,7 @@ class DeepseekAttention(nn.Module):
             step.cache,
             self.layer,
         )
-        attended = step.attention(self.layer, q_nope, q_rope, self.kv_b)
+        attended = step.attention(self.layer, q_nope, q_rope, self.w_uk, self.w_uv)
         return linear(attended.flatten(1), self.o_proj.weight, self.o_proj.bias)
 
 
@@ -201,7 +207,7 @@ class DeepseekForCausalLM(nn.Module):
         self.inv_freq = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(device)
 
     def prepare(self) -> None:
-        """Derives from the loaded parameters what `forward` reads beside them; no copies."""
+        """Derives from the loaded parameters what `forward` reads beside them; call it again when they change."""
         for module in self.modules():
             if isinstance(module, DeepseekAttention):
                 module.prepare()

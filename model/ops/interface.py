@@ -39,8 +39,8 @@ class Routing(NamedTuple):
 class StepAttention(Protocol):
     """Attention of one step: what depends only on the step's rows was prepared when it was made."""
 
-    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor) -> Tensor:
-        """q_nope [T, H, dn], q_rope [T, H, dr] (rotated), kv_b [H, dn + dv, r] (W_UK then W_UV) -> [T, H, dv].
+    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
+        """q_nope [T, H, dn], q_rope [T, H, dr] (rotated), w_uk [H, dn, r], w_uv [H, dv, r] -> [T, H, dv].
 
         Every token sees the tokens of its row at its own position and before, all read from the latent
         cache (`rope_and_cache` of this layer ran before). How is the implementation's choice, row by row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from model.ops.eager.ops import EagerOps
 from tests.checkpoints import read_tensors, stack_experts
 
 NUM_BLOCKS = 160
+
+# Threads of tiny matrices only wait for each other, for milliseconds when the cores are busy.
+torch.set_num_threads(1)
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> DeepseekForCausalLM:
@@ -89,11 +92,6 @@ class Driver:
     def release(self, row: Row) -> None:
         self.free += row.blocks
         row.blocks = []
-
-
-def chunks(total: int, size: int) -> Iterator[int]:
-    for start in range(0, total, size):
-        yield min(size, total - start)
 
 
 def random_tokens(num: int, vocab_size: int, seed: int = 0) -> list[int]:

@@ -18,8 +18,9 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 
-WORKSPACE = 1 << 22
-"""Numbers the largest intermediate of a chunk of keys (scores, gathered latents, expanded keys) should have."""
+WORKSPACE = 1 << 20
+"""Numbers the largest intermediate of a chunk of keys (scores, gathered latents, expanded keys) should have: 4 MB of
+scores stay in a CPU's cache, and smaller chunks skip more of what causality hides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +65,20 @@ class EagerAttention:
         begun = step.slot_mapping[step.slot_mapping % BLOCK_SIZE == 0] // BLOCK_SIZE
         cache.data.index_fill_(0, begun, 0)
 
-    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
         output = q_nope.new_empty((*q_nope.shape[:2], self._config.v_head_dim))
         for group in self._groups:
             attend = self.mla_prefill if group.expand else self.mla_attention
-            output[group.tokens] = attend(layer, group, q_nope[group.tokens], q_rope[group.tokens], kv_b)
+            output[group.tokens] = attend(layer, group, q_nope[group.tokens], q_rope[group.tokens], w_uk, w_uv)
         return output
 
-    def mla_attention(self, layer: int, group: _Group, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor) -> Tensor:
+    def mla_attention(
+        self, layer: int, group: _Group, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor
+    ) -> Tensor:
         """Absorbed: W_UK goes into the queries and W_UV behind the sum, so that all heads share one key of width W.
 
         q_nope [n * q, H, dn], q_rope [n * q, H, dr] -> [n * q, H, dv].
         """
-        w_uk, w_uv = torch.split(kv_b, [q_nope.shape[2], self._config.v_head_dim], dim=1)
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
         queries = torch.cat((q_latent, q_rope), dim=2).view(group.num_rows, -1, self._config.latent_dim)
 
@@ -84,13 +86,16 @@ class EagerAttention:
             latents = self._gather(layer, chunk)
             hidden = None if chunk.hidden is None else chunk.hidden.repeat_interleave(q_nope.shape[1], dim=1)
             visible = queries[:, chunk.first_query * q_nope.shape[1] :]
-            return self._scored(visible, latents, latents[..., : self._config.kv_lora_rank], hidden)
+            # Latents whole as values, keys included: cutting them first would copy them, cutting the sum is cheap.
+            return self._scored(visible, latents, latents, hidden)
 
-        attended = _softmax_sum(map(score, group.chunks), len(group.chunks))
-        attended = attended.to(q_nope.dtype).view(*q_nope.shape[:2], -1)
+        attended = _softmax_sum(map(score, group.chunks), len(group.chunks))[..., : self._config.kv_lora_rank]
+        attended = attended.to(q_nope.dtype).reshape(*q_nope.shape[:2], -1)
         return torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
-    def mla_prefill(self, layer: int, group: _Group, q_nope: Tensor, q_rope: Tensor, kv_b: Tensor) -> Tensor:
+    def mla_prefill(
+        self, layer: int, group: _Group, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor
+    ) -> Tensor:
         """Expanded: each chunk's keys and values are rebuilt from its latents once, for all of one row's queries.
 
         q_nope [q, H, dn], q_rope [q, H, dr] -> [q, H, dv].
@@ -100,8 +105,8 @@ class EagerAttention:
 
         def score(chunk: _Chunk) -> _ScoredChunk:
             latents = self._gather(layer, chunk)[0]
-            expanded = F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(len(latents), heads, -1)
-            k_nope, values = torch.split(expanded, [q_nope.shape[2], self._config.v_head_dim], dim=2)
+            k_nope = F.linear(latents[:, :rank], w_uk.flatten(0, 1)).view(len(latents), heads, -1)
+            values = F.linear(latents[:, :rank], w_uv.flatten(0, 1)).view(len(latents), heads, -1)
             keys = torch.cat((k_nope, latents[:, None, rank:].expand(-1, heads, -1)), dim=2)
             visible = queries[:, chunk.first_query :]
             return self._scored(visible, keys.transpose(0, 1), values.transpose(0, 1), chunk.hidden)
@@ -117,7 +122,7 @@ class EagerAttention:
         return latents.view(len(chunk.blocks), -1, latents.shape[2])[:, : chunk.num_keys]
 
     def _scored(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> _ScoredChunk:
-        scores = torch.bmm(queries, keys.transpose(1, 2)).float() * self._config.softmax_scale
+        scores = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(self._config.softmax_scale)
         return _ScoredChunk(scores if hidden is None else scores.masked_fill_(hidden, -torch.inf), values)
 
 
@@ -179,6 +184,8 @@ def _make_group(step: StepInputs, rows: list[int], config: DeepseekConfig) -> _G
         used = torch.tensor([-(-step.context_lens[row] // BLOCK_SIZE) for row in rows], device=device)
         missing = torch.arange(blocks.shape[1], device=device) >= used[:, None]
         blocks = torch.where(missing, blocks[:, :1], blocks)
+
+        context_len = blocks.shape[1] * BLOCK_SIZE  # whole blocks: a batched product copies what is cut
 
     chunks = []
     keys_a_chunk = _keys_a_chunk(len(rows), num_queries, expand, config)

@@ -55,7 +55,7 @@ def oracle(path: Path) -> Any:
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Projections at half the usual test scale: still far from uniform, but after 2,000 positions two correct
-    float32 implementations are 1e-5 apart (3e-5 with scaling 16), not 3e-4, so that 1e-4 tells right from nearly right."""
+    float32 implementations are 1e-5 apart (3e-5 with scaling 16), not 3e-4: 1e-4 tells right from nearly right."""
     kind, overrides = CASES[request.param]
     path = make_checkpoint(tmp_path_factory.mktemp(request.param), kind, **overrides)
     kept = ("embed_tokens", "mlp.gate.", "lm_head")

@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel bench docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel bench bench-long docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,9 @@ test-wheel: dev ## the wheel, installed in an empty environment
 bench: dev ## what scheduling and starting cost, against their targets
 	$(BIN)/python -m benchmarks.control_plane --check
 	$(BIN)/python -m benchmarks.startup --check
+
+bench-long: dev ## a 131,072-token request through the real daemon (minutes)
+	$(BIN)/python -m benchmarks.long_context
 
 docs: dev ## write the tables of the documents that follow from the code
 	$(BIN)/python -m tools.write_docs

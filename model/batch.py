@@ -62,6 +62,11 @@ class Logprobs(msgspec.Struct, array_like=True):
     token_ids: list[list[int]]
     logprobs: list[list[float]]
 
+    def extend(self, later: Logprobs) -> None:
+        """Append the entries of the tokens that follow."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+
 
 @dataclass(frozen=True, slots=True)
 class NewRow:

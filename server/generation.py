@@ -209,9 +209,9 @@ class _Answer:
         )
 
     def _count(self, delta: Delta, num_tokens: int) -> None:
-        if delta.cached_tokens is not None:
-            self._cached_tokens = delta.cached_tokens
-            self._record.cached_tokens += delta.cached_tokens
+        if delta.started is not None:
+            self._cached_tokens = delta.started.cached_tokens
+            self._record.cached_tokens += delta.started.cached_tokens
         if num_tokens == 0:
             return
         now = time.monotonic()

@@ -71,7 +71,7 @@ class Engine:
             batch = self.scheduler.schedule()
             assert batch is not None
             result = self.scheduler.update(self.runner.execute(batch))
-            cached |= result.cached_tokens
+            cached |= {request_id: started.cached_tokens for request_id, started in result.started.items()}
             for request_id, new in zip(result.request_ids, result.token_ids, strict=True):
                 tokens[request_id] += new
         self.scheduler.check()

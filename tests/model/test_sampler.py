@@ -46,6 +46,7 @@ def inputs_of(rows: list[dict[str, Any]]) -> SamplingInputs:
             for i, row in enumerate(rows)
             if "penalties" in row
         ],
+        limits=[],
     )
 
 

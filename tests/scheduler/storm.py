@@ -159,7 +159,7 @@ class SchedulerStorm(RuleBasedStateMachine):
 
     @rule()
     def take_finished(self) -> None:
-        self.deliver(StepResult([], [], self.scheduler.take_finished(), {}))
+        self.deliver(StepResult(finished=self.scheduler.take_finished()))
 
     @rule()
     def reset_cache(self) -> None:
@@ -173,9 +173,10 @@ class SchedulerStorm(RuleBasedStateMachine):
     def deliver(self, result: StepResult) -> None:
         for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
             assert request_id not in self.terminal, "a token after the end"
-            assert (request_id in result.cached_tokens) == (not self.output[request_id])
+            assert (request_id in result.started) == (not self.output[request_id])
             self.output[request_id] += token_ids
-        for request_id, cached in result.cached_tokens.items():
+        for request_id, started in result.started.items():
+            cached = started.cached_tokens
             assert 0 <= cached < len(self.accepted[request_id].prompt) // 4
             assert cached == 0 or self.prefix_cache
         for request_id, finished in result.finished.items():

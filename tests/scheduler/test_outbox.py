@@ -6,14 +6,15 @@ import time
 import pytest
 
 from scheduler import outbox as outbox_module
-from scheduler.messages import EngineStats, Finished, FinishReason, StepOutput
+from scheduler.messages import EngineStats, Finished, FinishReason, Started, StepOutput
 from scheduler.outbox import Outbox
 
 STOP = Finished(reason=FinishReason.STOP)
+HIT, MISS = Started(64, 0.5, 0.25), Started(0, 0.5, 1.5)
 
 
 def output(step: int, tokens: dict[str, list[int]], **rare: dict[str, object]) -> StepOutput:
-    columns: dict[str, dict[str, object]] = {"finished": {}, "cached_tokens": {}, **rare}
+    columns: dict[str, dict[str, object]] = {"finished": {}, "started": {}, **rare}
     return StepOutput(
         step=step,
         request_ids=list(tokens),
@@ -35,13 +36,13 @@ def test_what_is_taken_in_time_comes_out_as_it_went_in() -> None:
 
 def test_what_is_not_taken_merges_in_order_and_loses_nothing() -> None:
     outbox = Outbox()
-    outbox.put(output(1, {"a": [1], "b": [10]}, cached_tokens={"a": 64}))
-    outbox.put(output(2, {"b": [11], "c": [20]}, cached_tokens={"c": 0}, finished={"a": STOP}))
+    outbox.put(output(1, {"a": [1], "b": [10]}, started={"a": HIT}))
+    outbox.put(output(2, {"b": [11], "c": [20]}, started={"c": MISS}, finished={"a": STOP}))
     outbox.put(output(3, {"c": [21, 22], "b": [12]}, finished={"b": STOP}))
     assert outbox.take(0) == output(
         3,
         {"a": [1], "b": [10, 11, 12], "c": [20, 21, 22]},
-        cached_tokens={"a": 64, "c": 0},
+        started={"a": HIT, "c": MISS},
         finished={"a": STOP, "b": STOP},
     )
     assert outbox.take(0) is None

@@ -54,9 +54,9 @@ class Bench:
         for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
             self.output.setdefault(request_id, []).extend(token_ids)
         assert not self.finished.keys() & result.finished.keys()
-        assert not self.cached.keys() & result.cached_tokens.keys()
+        assert not self.cached.keys() & result.started.keys()
         self.finished |= result.finished
-        self.cached |= result.cached_tokens
+        self.cached |= {request_id: started.cached_tokens for request_id, started in result.started.items()}
         return result
 
     def step(self) -> ForwardBatch:

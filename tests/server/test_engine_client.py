@@ -104,8 +104,14 @@ def test_streams_get_their_own_tokens_then_one_end(loop: str) -> None:
 
 def test_a_second_time_the_prompt_comes_from_the_cache() -> None:
     async def scenario(engine: EngineClient) -> None:
-        first = [delta.cached_tokens async for delta in engine.submit(add_request("a", [7] * 200, 2))]
-        second = [delta.cached_tokens async for delta in engine.submit(add_request("b", [7] * 200, 2))]
+        first = [
+            delta.started and delta.started.cached_tokens
+            async for delta in engine.submit(add_request("a", [7] * 200, 2))
+        ]
+        second = [
+            delta.started and delta.started.cached_tokens
+            async for delta in engine.submit(add_request("b", [7] * 200, 2))
+        ]
         assert (first[0], second[0]) == (0, 192)
         assert set(first[1:] + second[1:]) <= {None}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from model.config import GenerationDefaults
-from scheduler.messages import AddRequest, FinishReason
+from scheduler.messages import AddRequest, FinishReason, Started
 from server import app as app_module
 from server.streams import RequestStream
 from tests.server.harness import (
@@ -52,7 +52,11 @@ def deltas(*steps: list[int], **end: Any) -> Script:
         async def push() -> None:
             for index, ids in enumerate(steps):
                 last = index == len(steps) - 1
-                out.push(list(ids), finished=finish(**end) if last else None, cached_tokens=0 if index == 0 else None)
+                out.push(
+                    list(ids),
+                    finished=finish(**end) if last else None,
+                    started=Started(0, 0.0, 0.0) if index == 0 else None,
+                )
                 await asyncio.sleep(0.001)
 
         engine.tasks.append(asyncio.ensure_future(push()))
@@ -192,7 +196,7 @@ def test_answer_whole() -> None:
 
 def test_cached_tokens() -> None:
     def script(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
-        out.push(ids_of("ok"), cached_tokens=2, finished=finish())
+        out.push(ids_of("ok"), started=Started(2, 0.0, 0.0), finished=finish())
 
     usage = run(script, prompt=[5, 6, 7])[0].json["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 2}

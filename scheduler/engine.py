@@ -100,7 +100,7 @@ class Grammars(Protocol):
     """What the engine needs of whatever enforces grammars: the state of each request that has one, by id."""
 
     def add(self, request_id: str, grammar: Grammar) -> None:
-        """Compile, in the reader thread. `ValueError` says what is wrong with the grammar."""
+        """Compile, in the reader thread. `ValueError`, from here and below, says what is wrong with the grammar."""
 
     def bitmask(self, request_id: str) -> bytes:
         """Which ids may come next, packed as in `ForwardBatch.grammar_bitmasks`; eos where the text may end."""
@@ -135,7 +135,10 @@ def load_model(config: EngineConfig) -> Runner:
 
 def load_grammars(config: EngineConfig, runner: Runner) -> Grammars | None:
     """What enforces grammars; None: requests with one are refused."""
-    return None
+    # Imported here for the same reason as the model: only an engine with a checkpoint needs llguidance.
+    from scheduler.grammar import CheckpointGrammars
+
+    return CheckpointGrammars(Path(config.model_dir) / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +217,10 @@ class Reader:
 
 def _refused(message: AddRequest, code: str, error: Exception) -> Refused:
     return Refused(message.request_id, Finished(reason=FinishReason.REJECTED, code=code, message=str(error)))
+
+
+def _grammar_failed(error: Exception) -> Finished:
+    return Finished(reason=FinishReason.ERROR, code="grammar_failed", message=str(error))
 
 
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:
@@ -310,10 +317,15 @@ class Engine:
         """Give the rows that sample under a grammar their bitmasks; the ids of their requests."""
         if self._grammars is None:
             return set()
-        rows = self._scheduler.grammar_rows
-        for row, request_id in rows:
-            batch.grammar_bitmasks[row] = self._grammars.bitmask(request_id)
-        return {request_id for _, request_id in rows}
+        constrained = set()
+        for row, request_id in self._scheduler.grammar_rows:
+            try:
+                batch.grammar_bitmasks[row] = self._grammars.bitmask(request_id)
+            except ValueError as error:
+                self._scheduler.finish(request_id, _grammar_failed(error))  # what this step samples for it is dropped
+            else:
+                constrained.add(request_id)
+        return constrained
 
     def _follow_grammars(self, constrained: set[str], result: StepResult) -> None:
         """Advance grammars by their new tokens; a request whose grammar is complete ends, also at its last token."""
@@ -323,12 +335,17 @@ class Engine:
             finished = result.finished.get(request_id)
             if request_id not in constrained or (finished is not None and finished.reason is not FinishReason.LENGTH):
                 continue
-            if [token_id for token_id in token_ids if self._grammars.accept(request_id, token_id)]:
-                if finished is None:
-                    self._scheduler.finish(request_id, _GRAMMAR_ENDED)
-                    result.finished |= self._scheduler.take_finished()
-                else:
-                    result.finished[request_id] = _GRAMMAR_ENDED
+            end = None
+            try:
+                if [token_id for token_id in token_ids if self._grammars.accept(request_id, token_id)]:
+                    end = _GRAMMAR_ENDED
+            except ValueError as error:
+                end = _grammar_failed(error)
+            if end is not None and finished is None:
+                self._scheduler.finish(request_id, end)
+                result.finished |= self._scheduler.take_finished()
+            elif end is not None:
+                result.finished[request_id] = end
 
     def _put(self, result: StepResult, step_seconds: float) -> None:
         self.stats = self._scheduler.stats(step_seconds)

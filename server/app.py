@@ -14,6 +14,7 @@ from model.config import load_generation_defaults
 from scheduler.messages import EngineStats
 from server import openapi
 from server.admission import AdmissionGate
+from server.chat import ChatService
 from server.chat_template import load_chat_template
 from server.engine_client import EngineClient
 from server.errors import ApiError, handle_error
@@ -72,7 +73,8 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
             RequestValidationError: handle_error,
         },
     )
-    app.include_router(chat_router(generator, template, served))
+    app.state.strict = settings.strict
+    app.include_router(chat_router(generator, ChatService(generator, template), served))
     app.include_router(completions_router(generator, served))
     app.include_router(models_router(served))
     app.include_router(operations_router(generator, metrics, app.version))

@@ -10,6 +10,7 @@
     │   └── ModelNotFound
     ├── MethodNotAllowed 405
     ├── RequestTimeout 408          the body came too slowly
+    ├── DeadlineExceeded 408        the request's own `timeout` has passed
     ├── PayloadTooLarge 413
     ├── UnsupportedMediaType 415
     ├── HeadersTooLarge 431
@@ -121,6 +122,18 @@ class RequestTimeout(ApiError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Connection": "close"}
+
+
+class DeadlineExceeded(ApiError):
+    status = 408
+    code = "timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The answer was not complete within the request's 'timeout'.", param="timeout")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # else OpenAI's SDKs send the request again, twice
 
 
 class PayloadTooLarge(ApiError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 from server.schemas.usage import FinishReason
@@ -14,6 +15,15 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A prompt as the engine got it."""
+
+    token_ids: array[int]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of all tokens but the first, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,8 @@ class ChoiceEvent:
     tool_calls: tuple[ToolCallDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt: PromptTokens | None = None
+    """Set in the choice's first event with a token or an end."""
     progress: int | None = None
     """Prompt tokens computed, while there is no token yet."""
     finish_reason: FinishReason | None = None

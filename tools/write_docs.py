@@ -16,7 +16,7 @@ from server.engine_client import EngineClient
 from server.limits import LIMITS
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS
-from server.openapi import _ERRORS as STATUSES
+from server.openapi import STATUSES
 from server.schemas import chat, completion
 from server.schemas.sampling import SamplingFields
 from server.settings import ENV_PREFIX, Settings, flag_of

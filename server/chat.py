@@ -9,12 +9,17 @@ from contextlib import aclosing
 from typing import Any
 
 from server.chat_template import ChatTemplate, Prompt, TemplateError
-from server.errors import BadRequest, UnsupportedParameter
+from server.errors import BadRequest
 from server.events import ChoiceEvent
 from server.generation import Generator, Job, refuse_long_text
+from server.message_parser import MessageParser
+from server.message_split import MessageSplitter
 from server.record import RequestRecord
 from server.schemas.chat import ChatCompletionRequest, ChatMessage
+from server.structured import response_grammar
 from server.tokenizer import EncodeError, Segment
+from server.tool_prompt import template_variables
+from server.tool_syntax import THINK_BEGIN, THINK_END, Tools, check_tools, tool_grammar
 
 _END_OF_CONTENT = "\U0001fffe"
 """A noncharacter: marks where the last message's text ends in the rendered prompt."""
@@ -31,9 +36,10 @@ class ChatService:
         self, body: ChatCompletionRequest, record: RequestRecord, answer_id: str | None = None
     ) -> AsyncGenerator[ChoiceEvent, None]:
         """The events of all choices. Raises ApiError before the first event for anything that can be refused."""
-        async with aclosing(self._generator.generate(self._job(body, answer_id), record)) as events:
+        job, splitter = self._job(body, answer_id)
+        async with aclosing(self._generator.generate(job, record)) as events:
             async for event in events:
-                yield event
+                yield splitter.split(event)
 
     def render(self, body: ChatCompletionRequest) -> Prompt:
         """The prompt of the conversation. Raises BadRequest."""
@@ -48,6 +54,7 @@ class ChatService:
             prompt = self._template.render(
                 messages,
                 add_generation_prompt=not is_continued and body.add_generation_prompt is not False,
+                tools=_tools(body) or None,
                 variables=_variables(body),
             )
         except TemplateError as error:
@@ -56,8 +63,10 @@ class ChatService:
 
     async def encode(self, body: ChatCompletionRequest, window: int) -> array[int]:
         """Token ids of the prompt. Raises BadRequest."""
+        return await self._encode(self.render(body), body, window)
+
+    async def _encode(self, prompt: Prompt, body: ChatCompletionRequest, window: int) -> array[int]:
         tokenizer = self._generator.tokenizer
-        prompt = self.render(body)
         refuse_long_text(prompt.text, tokenizer, window, "messages")
         try:
             ids = await tokenizer.encode_segments(prompt.segments)
@@ -71,28 +80,55 @@ class ChatService:
             ids.insert(0, tokenizer.bos_token_id)
         return ids
 
-    def _job(self, body: ChatCompletionRequest, answer_id: str | None) -> Job:
+    def _job(self, body: ChatCompletionRequest, answer_id: str | None) -> tuple[Job, MessageSplitter]:
         if body.top_logprobs is not None and not body.logprobs:
             raise BadRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
-        refuse_unbuilt(body)
-        if self._template is None:
-            raise BadRequest("This model has no chat template; use /v1/completions.", code="no_chat_template")
+        prompt = self.render(body)
+        assert self._template is not None
+        syntax = self._template.syntax
+        assert syntax is not None
+        tools = _tools(body)
+        thinking = syntax.thinks and prompt.text.rstrip().endswith(THINK_BEGIN)
+        grammar = tool_grammar(
+            syntax,
+            tools,
+            _tool_choice(body),
+            body.parallel_tool_calls is not False,
+            answer=response_grammar(body.response_format, body.structured_outputs),
+            thinking=thinking,
+        )
+        names = [tool["function"]["name"] for tool in tools]
+        splitter = MessageSplitter(
+            lambda: MessageParser(syntax, reasoning=thinking, tools=names), syntax.marks.get(THINK_END)
+        )
         is_new_turn = body.add_generation_prompt is not False and not continues_last_message(body)
-        return Job(
+        job = Job(
             request_id=answer_id or f"chatcmpl-{uuid.uuid4().hex}",
             fields=body,
-            prompts=[lambda window: self.encode(body, window)],
+            prompts=[lambda window: self._encode(prompt, body, window)],
             param="messages",
             strip_leading_space=self._template.strip_leading_space and is_new_turn,
             logprobs=body.num_logprobs,
+            grammar=grammar,
+            shown=tuple(syntax.marks.values()) if tools else _think_marks(syntax.marks),
         )
+        return job, splitter
 
 
-def refuse_unbuilt(body: ChatCompletionRequest) -> None:
-    if body.tools and body.tool_choice != "none":
-        raise UnsupportedParameter("'tools' is not supported by this server.", param="tools")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise UnsupportedParameter("'tool_choice' is not supported by this server.", param="tool_choice")
+def _tools(body: ChatCompletionRequest) -> Tools:
+    """What is offered to the model. Raises BadRequest."""
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    check_tools(tools, _tool_choice(body))
+    return [] if body.tool_choice == "none" else tools
+
+
+def _tool_choice(body: ChatCompletionRequest) -> str | dict[str, Any] | None:
+    choice = body.tool_choice
+    return choice if choice is None or isinstance(choice, str) else choice.model_dump()
+
+
+def _think_marks(marks: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(marks[text] for text in (THINK_BEGIN, THINK_END) if text in marks)
 
 
 def plain_message(message: ChatMessage) -> dict[str, Any]:
@@ -129,14 +165,8 @@ def continues_last_message(body: ChatCompletionRequest) -> bool:
 
 
 def _variables(body: ChatCompletionRequest) -> dict[str, Any]:
-    variables: dict[str, Any] = {}
-    if body.reasoning_effort is not None:
-        variables |= {"reasoning_effort": body.reasoning_effort, "thinking": body.reasoning_effort != "none"}
-    if body.thinking is not None and body.thinking.type != "auto":
-        variables["thinking"] = body.thinking.type == "enabled"
-    if "thinking" in variables:
-        variables["enable_thinking"] = variables["thinking"]
-    return variables | (body.chat_template_kwargs or {})
+    thinking = None if body.thinking is None else body.thinking.type
+    return template_variables(body.reasoning_effort, thinking, body.chat_template_kwargs)
 
 
 def _joined(parts: list[Mapping[str, str]]) -> str:

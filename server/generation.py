@@ -52,6 +52,8 @@ class Job:
     prompt_logprobs: bool = False
     """Those of the prompt too."""
     grammar: Grammar | None = None
+    shown: tuple[int, ...] = ()
+    """Special tokens that are part of the text, for a parser to find."""
 
 
 class Generator:
@@ -204,6 +206,7 @@ class _Answer:
             self._record,
             self._arrival,
             strip_leading_space=job.strip_leading_space,
+            shown=job.shown,
         )
 
     async def read(self) -> list[ChoiceEvent]:

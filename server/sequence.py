@@ -35,6 +35,7 @@ class Sequence:
         arrival: float,
         *,
         strip_leading_space: bool,
+        shown: tuple[int, ...] = (),
     ) -> None:
         """`arrival`: when the request came to the door, by `time.monotonic`."""
         self.index = index
@@ -51,6 +52,7 @@ class Sequence:
             stop=fields.stops,
             skip_special_tokens=fields.skip_special_tokens is not False,
             include_stop=bool(fields.include_stop_str_in_output),
+            shown=shown,
             min_tokens=request.params.min_tokens,
         )
         self._strip_space = strip_leading_space

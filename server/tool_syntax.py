@@ -169,7 +169,7 @@ def tool_grammar(
         tools = ()
     forced = bool(tools) and tool_choice != "auto"
     strict = any(tool["function"].get("strict") for tool in tools)
-    lazy = bool(tools) and (strict or not parallel_tool_calls) and bool(syntax.begin)
+    lazy = bool(tools) and (strict or not parallel_tool_calls)
     if not (forced or lazy or (answer is not None and (tools or thinking))):
         return answer
     rules: dict[str, str] = {}
@@ -180,13 +180,16 @@ def tool_grammar(
     elif answer is not None:
         rules |= _answer_rules(answer)
         body = "(answer | calls)" if tools else "answer"
+    elif not syntax.begin:
+        rules["TEXT"] = r"/ ?[^{\s](?s:.*)/"
+        body = "(TEXT | calls)"
     else:
         rules["TEXT"] = r"/(?s:.*)/"
         body = "TEXT calls?"
     if thinking:
         rules["THOUGHTS"] = r"/(?s:.*)/"
         rules["GAP"] = r"/\n{0,2}/"
-        body = f"THOUGHTS <[{syntax.marks[THINK_END]}]> " + (body if body.startswith("TEXT") else f"GAP {body}")
+        body = f"THOUGHTS <[{syntax.marks[THINK_END]}]> " + (body if body == "TEXT calls?" else f"GAP {body}")
     return Grammar(kind="lark", text="".join(f"{name}: {rule}\n" for name, rule in ({"start": body} | rules).items()))
 
 

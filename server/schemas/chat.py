@@ -93,7 +93,7 @@ class ChatMessage(StrictModel):
 
 
 class Function(StrictModel):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
         min_length=1, max_length=int(limits.FUNCTION_NAME.maximum)
     )
     description: str | None = None

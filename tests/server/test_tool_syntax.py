@@ -159,7 +159,14 @@ def test_auto_is_free_until_a_call_begins() -> None:
     assert tool_grammar(SYNTAX, TOOLS, "auto") is None
     assert tool_grammar(SYNTAX, TOOLS, None) is None
     assert tool_grammar(SYNTAX, TOOLS, "none", answer=Grammar("regex", "a")) == Grammar("regex", "a")
-    assert tool_grammar(JSON_CALLS, strict, "auto") is None
+    unmarked = tool_grammar(JSON_CALLS, strict, "auto")
+    assert unmarked is not None
+    assert sample(unmarked, 0, prefix=tuple(LIBRARY.tokenize_str("Well, {")), max_tokens=4) is None
+    text = sample(unmarked, 1, prefix=tuple(LIBRARY.tokenize_str('{"name": "weather')))
+    assert text is None or calls_of(JSON_CALLS, text)
+    assert not LLMatcher(LIBRARY, LLMatcher.grammar_from_lark(unmarked.text)).consume_tokens(
+        LIBRARY.tokenize_str('{"nome')
+    )
     assert tool_grammar(SYNTAX, [], None) is None
     one = tool_grammar(SYNTAX, TOOLS, "auto", parallel_tool_calls=False)
     assert one is not None

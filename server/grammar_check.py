@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,6 +40,8 @@ class GrammarChecker:
         self._idle: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         """Of the two lists."""
+        self.close = weakref.finalize(self, _end, self._executor, self._processes)
+        """End the processes; happens by itself when nobody refers to the checker."""
 
     async def check(self, grammar: Grammar, param: str) -> None:
         """Returns if the engine can enforce the grammar. Raises BadRequest that names `param`, or Overloaded."""
@@ -57,16 +60,6 @@ class GrammarChecker:
         self._verdicts.move_to_end(key)
         if verdict:
             raise BadRequest(f"'{param}' cannot be enforced: {verdict[:400]}.", param=param, code="invalid_grammar")
-
-    def close(self) -> None:
-        """End the processes. Nothing may be checked any more."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
-            for process in self._processes:
-                process.kill()
-                process.wait()
-                _close_pipes(process)
-            self._processes.clear()
 
     def _ask(self, frame: bytes) -> str:
         """One grammar's verdict, in a thread. A process that has died is replaced, once."""
@@ -102,6 +95,15 @@ class GrammarChecker:
             if process in self._processes:
                 self._processes.remove(process)
                 _close_pipes(process)
+
+
+def _end(executor: ThreadPoolExecutor, processes: list[subprocess.Popen[bytes]]) -> None:
+    executor.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()
+        process.wait()
+        _close_pipes(process)
+    processes.clear()
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:

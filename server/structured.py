@@ -15,6 +15,7 @@ from scheduler.messages import Grammar
 from server.errors import BadRequest, UnsupportedParameter
 from server.json_schema import check_regex, schema_text, within
 from server.limits import CHOICES, GRAMMAR_BYTES, REPEATS
+from server.schemas.sampling import SamplingFields
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
@@ -30,6 +31,15 @@ def response_grammar(
         param = "structured_outputs"
         raise BadRequest("'response_format' and 'structured_outputs' cannot both constrain the answer.", param=param)
     return by_format or by_constraint
+
+
+def grammar_param(fields: SamplingFields) -> str:
+    """The field that an error about the grammar as a whole names."""
+    if fields.structured_outputs is not None:
+        return "structured_outputs"
+    if fields.response_format is not None and fields.response_format.get("type") != "text":
+        return "response_format"
+    return "tools"
 
 
 def json_grammar(schema: object, param: str) -> Grammar:

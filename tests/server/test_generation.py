@@ -153,7 +153,8 @@ def test_window() -> None:
     ids = [5] * (WINDOW - 4)
     assert sent(prompt=ids).params.max_tokens == 4
     assert sent(prompt=ids, max_tokens=4).params.max_tokens == 4
-    for data in ({"prompt": ids, "max_tokens": 5}, {"prompt": [5] * WINDOW}, {"prompt": [5] * 5000}):
+    assert sent(prompt=ids, max_tokens=5).params.max_tokens == 4
+    for data in ({"prompt": [5] * WINDOW}, {"prompt": [5] * 5000}):
         answer, engine = run(answers("ok"), **data)
         assert answer.status == 400
         assert answer.error["code"] == "context_length_exceeded"
@@ -303,11 +304,5 @@ def test_client_that_leaves_while_its_prompt_is_tokenized(path: str, monkeypatch
 def test_ignored_fields_are_named() -> None:
     for stream in (False, True):
         answer, _ = run(answers("ok"), user="me", foo=1, stream=stream)
-        assert answer.headers["x-ignored-params"] == "user, foo"
-    assert "x-ignored-params" not in run(answers("ok"))[0].headers
-
-
-def test_several_prompts_are_refused_by_name() -> None:
-    for prompt in (["a", "b"], [[1], [2]]):
-        answer, _ = run(silent, prompt=prompt)
-        assert (answer.status, answer.error["param"]) == (400, "prompt")
+        assert answer.headers["x-ignored-fields"] == "user, foo"
+    assert "x-ignored-fields" not in run(answers("ok"))[0].headers

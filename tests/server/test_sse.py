@@ -11,7 +11,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 
 from scheduler.messages import AddRequest, FinishReason, Started
-from server import generation, sse
+from server import generation, sequence, sse
 from server.engine_client import EngineState
 from server.streams import RequestStream
 from tests.server.harness import Answer, ScriptedEngine, answers, chat, finish, ids_of, make_app, post, silent
@@ -139,7 +139,7 @@ def test_unforeseen_error_after_the_first_token(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = 0
-    push = generation._Answer.push
+    push = sequence.Sequence.push
 
     def failing(self: Any, delta: Any) -> Any:
         nonlocal calls
@@ -148,7 +148,7 @@ def test_unforeseen_error_after_the_first_token(
             raise ZeroDivisionError
         return push(self, delta)
 
-    monkeypatch.setattr(generation._Answer, "push", failing)
+    monkeypatch.setattr(sequence.Sequence, "push", failing)
     answer = stream(CHAT, chat())
     assert answer.events[-1]["error"]["type"] == "server_error"
     assert "failed while streaming" in caplog.text

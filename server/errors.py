@@ -204,9 +204,14 @@ def anthropic_error(error: ApiError, request_id: str) -> AnthropicErrorResponse:
     return AnthropicErrorResponse(error=AnthropicError(type=word, message=error.message), request_id=request_id)
 
 
+def speaks_anthropic(path: str) -> bool:
+    """Whether clients of `path` expect Anthropic's envelope and headers."""
+    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
+
+
 def error_response(error: ApiError, path: str, request_id: str) -> Response:
     """The answer in the envelope that clients of `path` read."""
-    if path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/"):
+    if speaks_anthropic(path):
         body = msgspec.json.encode(anthropic_error(error, request_id))
     else:
         body = error.body()

@@ -34,6 +34,7 @@ from server.errors import (
     Unauthorized,
     as_api_error,
     error_response,
+    speaks_anthropic,
 )
 from server.metrics import Metrics
 from server.record import RequestRecord
@@ -76,7 +77,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                if speaks_anthropic(scope["path"]):
+                    headers["Request-Id"] = record.request_id
             await send(message)
 
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import Discriminator, Field, Tag
@@ -33,7 +33,7 @@ class InputToolUse(StrictModel):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, object]
+    input: dict[str, Any]
 
 
 def _string_or_list(value: object) -> str | None:
@@ -183,7 +183,7 @@ class ThinkingBlock(msgspec.Struct, frozen=True, kw_only=True, tag_field="type",
 class ToolUseBlock(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="tool_use"):
     id: str
     name: str
-    input: dict[str, object]
+    input: dict[str, Any]
 
 
 OutputBlock = TextBlock | ThinkingBlock | ToolUseBlock

@@ -225,14 +225,14 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 # ---------------------------------------------------------------- answer
 
-JsonObject = dict[str, object]
+JsonObject = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputText(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="output_text"):
     text: str
-    annotations: list[object] = []
+    annotations: list[Any] = []
     logprobs: list[ChatLogprob] = []
 
 
@@ -250,7 +250,7 @@ class MessageItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 class ReasoningItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
     id: str
     status: ItemStatus
-    summary: list[object] = []
+    summary: list[Any] = []
     content: list[ReasoningText]
 
 
@@ -281,7 +281,7 @@ class ReasoningConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextConfig(msgspec.Struct, frozen=True, kw_only=True):
-    format: dict[str, object]
+    format: JsonObject
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):

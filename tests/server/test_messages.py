@@ -43,7 +43,7 @@ def error_of(answer: Answer) -> str:
     body = answer.json
     assert body.keys() == {"type", "error", "request_id"}
     assert (body["type"], body["error"].keys()) == ("error", {"type", "message"})
-    assert body["request_id"] == answer.headers["x-request-id"]
+    assert body["request_id"] == answer.headers["x-request-id"] == answer.headers["request-id"]
     word: str = body["error"]["type"]
     return word
 

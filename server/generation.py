@@ -19,12 +19,14 @@ from server.admission import AdmissionGate
 from server.engine_client import EngineClient, EngineState, EngineUnavailable
 from server.errors import BadRequest, DeadlineExceeded, Overloaded, Unavailable
 from server.events import ChoiceEvent
+from server.grammar_check import GrammarChecker
 from server.merge import MergedStreams
 from server.metrics import Metrics
 from server.record import RequestRecord
 from server.sampling import check_fields, fit_max_tokens, prompt_too_long, sampling_params
 from server.schemas.sampling import SamplingFields
 from server.sequence import Sequence as OpenSequence
+from server.structured import grammar_param
 from server.tokenizer import Tokenizer
 
 SILENCE_SECONDS = 10.0
@@ -65,6 +67,7 @@ class Generator:
         engine: EngineClient,
         tokenizer: Tokenizer,
         gate: AdmissionGate,
+        grammars: GrammarChecker,
         metrics: Metrics,
         defaults: GenerationDefaults,
         seeds: Random,
@@ -72,6 +75,7 @@ class Generator:
         self.engine = engine
         self.tokenizer = tokenizer
         self._gate = gate
+        self._grammars = grammars
         self._metrics = metrics
         self._defaults = defaults
         self._seeds = seeds
@@ -112,6 +116,8 @@ class Generator:
         try:
             try:
                 async with asyncio.timeout(answer.time_left):
+                    if job.grammar is not None:
+                        await self._grammars.check(job.grammar, grammar_param(fields))
                     prompts = [await encode(ready.max_model_len) for encode in job.prompts]
                     params = await self._params(job, ready, prompts)
             except TimeoutError:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from model.batch import SamplingParams
 from model.config import GenerationDefaults
-from server.errors import BadRequest, ContextLengthExceeded, UnsupportedParameter
+from server.errors import BadRequest, ContextLengthExceeded
 from server.schemas.sampling import SamplingFields
 
 T = TypeVar("T")
@@ -20,10 +20,6 @@ def check_fields(fields: SamplingFields, default_max_tokens: int | None) -> None
     limit = default_max_tokens if fields.token_limit is None else fields.token_limit
     if limit is not None and (fields.min_tokens or 0) > limit:
         raise BadRequest(f"'min_tokens' must not be greater than 'max_tokens', {limit}.", param="min_tokens")
-    if (fields.response_format or {}).get("type", "text") != "text":
-        raise UnsupportedParameter("'response_format' is not supported by this server.", param="response_format")
-    if fields.structured_outputs is not None:
-        raise UnsupportedParameter("'structured_outputs' is not supported by this server.", param="structured_outputs")
     if fields.stream_options is not None and not fields.stream:
         raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
 

@@ -32,6 +32,7 @@ from server.schemas.completion import (
 from server.schemas.usage import AnswerTimings, PromptProgress, Usage
 from server.served import ServedModel
 from server.sse import event as sse_event
+from server.structured import response_grammar
 from server.tokenizer import Tokenizer
 
 
@@ -64,6 +65,7 @@ def completions_router(generator: Generator, served: ServedModel) -> APIRouter:
             default_max_tokens=DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            grammar=response_grammar(body.response_format, body.structured_outputs),
         )
         events = generator.generate(job, record)
         answer = answer_stream if body.stream else answer_whole

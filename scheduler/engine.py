@@ -112,7 +112,7 @@ class Grammars(Protocol):
         """Forget a request. A no-op for one without a grammar."""
 
 
-GrammarsFactory = Callable[[EngineConfig, Runner], Grammars | None]
+GrammarsFactory = Callable[[EngineConfig, Runner], Grammars]
 
 
 def load_model(config: EngineConfig) -> Runner:
@@ -133,8 +133,8 @@ def load_model(config: EngineConfig) -> Runner:
     )
 
 
-def load_grammars(config: EngineConfig, runner: Runner) -> Grammars | None:
-    """What enforces grammars; None: requests with one are refused."""
+def load_grammars(config: EngineConfig, runner: Runner) -> Grammars:
+    """The real grammars, over the checkpoint's tokenizer. Nothing is read before the first one."""
     # Imported here for the same reason as the model: only an engine with a checkpoint needs llguidance.
     from scheduler.grammar import CheckpointGrammars
 
@@ -167,7 +167,7 @@ class Reader:
     def start(self) -> None:
         threading.Thread(target=self._run, name="reader", daemon=True).start()
 
-    def accept_requests(self, scheduler: Scheduler, grammars: Grammars | None, vocab_size: int) -> None:
+    def accept_requests(self, scheduler: Scheduler, grammars: Grammars, vocab_size: int) -> None:
         """Call before the front-end is told that the engine is ready; a request that comes earlier is an error."""
         self._grammars = grammars
         self._vocab_size = vocab_size
@@ -207,8 +207,7 @@ class Reader:
             return _refused(message, "invalid_request", error)
         if message.grammar is not None:
             try:
-                if self._grammars is None:
-                    raise ValueError("this engine enforces no grammars")
+                assert self._grammars is not None
                 self._grammars.add(message.request_id, message.grammar)
             except ValueError as error:
                 return _refused(message, "invalid_grammar", error)
@@ -233,9 +232,7 @@ def _check_ids(params: SamplingParams, vocab_size: int) -> None:
 class Engine:
     """The main loop."""
 
-    def __init__(
-        self, scheduler: Scheduler, runner: Runner, grammars: Grammars | None, inbox: Inbox, outbox: Outbox
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, grammars: Grammars, inbox: Inbox, outbox: Outbox) -> None:
         self.stats = scheduler.stats()
         """As of the last step or change; replaced, never written to, so that the writer can read it."""
         self.step = 0
@@ -300,8 +297,7 @@ class Engine:
                     self.open_ids.add(item.request_id)
                 else:
                     self._refused[item.request_id] = refusal
-                    if self._grammars is not None and item.has_grammar:
-                        self._grammars.drop(item.request_id)
+                    self._grammars.drop(item.request_id)
             case Refused():
                 self._refused[item.request_id] = item.finished
             case AbortRequests():
@@ -315,8 +311,6 @@ class Engine:
 
     def _mask(self, batch: ForwardBatch) -> set[str]:
         """Give the rows that sample under a grammar their bitmasks; the ids of their requests."""
-        if self._grammars is None:
-            return set()
         constrained = set()
         for row, request_id in self._scheduler.grammar_rows:
             try:
@@ -329,8 +323,6 @@ class Engine:
 
     def _follow_grammars(self, constrained: set[str], result: StepResult) -> None:
         """Advance grammars by their new tokens; a request whose grammar is complete ends, also at its last token."""
-        if self._grammars is None:
-            return
         for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
             finished = result.finished.get(request_id)
             if request_id not in constrained or (finished is not None and finished.reason is not FinishReason.LENGTH):
@@ -350,9 +342,8 @@ class Engine:
     def _put(self, result: StepResult, step_seconds: float) -> None:
         self.stats = self._scheduler.stats(step_seconds)
         self.open_ids.difference_update(result.finished)
-        if self._grammars is not None:
-            for request_id in result.finished:
-                self._grammars.drop(request_id)
+        for request_id in result.finished:
+            self._grammars.drop(request_id)
         if self._refused:
             result.finished |= self._refused
             self._refused = {}
@@ -449,7 +440,12 @@ def run_engine(
     return 0 if failure is None else fail(EXIT_FAILURE, failure)
 
 
-def main(argv: Sequence[str] | None = None, *, runner_factory: RunnerFactory = load_model) -> NoReturn:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    runner_factory: RunnerFactory = load_model,
+    grammars_factory: GrammarsFactory = load_grammars,
+) -> NoReturn:
     # Supervisors signal every process of a service, terminals every process of a group. See the head of this file.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -459,7 +455,7 @@ def main(argv: Sequence[str] | None = None, *, runner_factory: RunnerFactory = l
     sock = socket.socket(fileno=args.fd)
     sock.set_inheritable(False)  # a child of ours must not keep the channel open after we have died
     try:
-        exit_code = run_engine(EngineChannel(sock), runner_factory)
+        exit_code = run_engine(EngineChannel(sock), runner_factory, grammars_factory)
     except ChannelError as error:
         logger.error("no front-end: %s", error)
         exit_code = EXIT_FAILURE

@@ -11,6 +11,10 @@ will sample counts at once, so the next step can be planned before this one's to
 step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
 block enters the prefix index only then.
 
+**Fairness.** Long prompts are served one after the other, so that a later one can take the earlier one's blocks from
+the prefix cache. But a long chunk leaves room for what is short: all that running requests need of at most a quarter
+of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait.
+
 **Memory.** A request is admitted when the pool can hold every token it already has, beside what the
 running ones still need for theirs, above a watermark. When a running request needs a block and none is
 free, the newest running request is preempted: it gives its blocks back and waits, at its place in the
@@ -196,12 +200,23 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> ForwardBatch | None:
         """The next step, or None if there is nothing to compute (now: with steps in flight, `update` first)."""
         budget = self.max_num_batched_tokens
+        short = max(1, budget // 4)
+        needs = [self._need(request) for request in self._running]
+        reserved = sum([need for need in needs if need <= short])
+        if needs and max(needs) > short:
+            reserved += self._waiting_share(short, (budget - reserved) // 2)
+        least = 1  # the first long chunk always gets on
         rows: list[ScheduledRow] = []
         requests: list[Request] = []
         # Oldest first. Preemption takes from the end of the same order, so it never hits a request that
         # this step has already been given to.
-        for request in self._running:
-            row = self._assign(request, budget)
+        for request, need in zip(self._running, needs, strict=False):
+            if need <= short:
+                reserved -= need
+                row = self._assign(request, budget)
+            else:
+                row = self._assign(request, max(budget - reserved, least))
+                least = 0
             if row is not None:
                 rows.append(row)
                 requests.append(request)
@@ -273,15 +288,19 @@ class Scheduler:
             unknown_ids=self._unknown_ids,
         )
 
+    def _need(self, request: Request) -> int:
+        """Tokens that a running request has and are not computed."""
+        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request.
+        return request.num_tokens - request.num_computed_tokens if request.num_tokens < request.max_num_tokens else 0
+
     def _assign(self, request: Request, budget: int) -> ScheduledRow | None:
         """The one rule: let `num_computed_tokens` catch up with `num_tokens` within the budget.
 
         None if there is nothing to catch up with, or if there are no blocks for it.
         """
         start = request.num_computed_tokens
-        num_tokens = min(request.num_tokens - start, budget)
-        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request.
-        if num_tokens <= 0 or request.num_tokens >= request.max_num_tokens:
+        num_tokens = min(self._need(request), budget)
+        if num_tokens <= 0:
             return None
         end = start + num_tokens
         new_blocks: list[int] = []
@@ -319,21 +338,45 @@ class Scheduler:
             limit = min(limit, request.num_prompt_logprobs)
         return self.pool.match(request.block_hashes[: limit // self.block_size])
 
+    def _num_new_blocks(self, request: Request, hit: list[int]) -> int:
+        """Free blocks that an admission takes."""
+        return self._num_blocks(request.num_tokens) - len(hit) + self.pool.count_free(hit)
+
+    def _spare_blocks(self) -> int:
+        """Free blocks that no running request needs for the tokens it has.
+
+        One that reached a block's end takes a new block in the next step, and would take it from a request admitted
+        now. That one in turn is counted with all its tokens, not its next chunk's, or it would be preempted half-way.
+        """
+        return self.pool.free_count - sum(self._num_blocks(r.num_tokens) - len(r.block_table) for r in self._running)
+
+    def _waiting_share(self, short: int, most: int) -> int:
+        """Tokens, up to `most`, that the first waiting requests need, as far as they are short and can be admitted."""
+        share = 0
+        spare = self._spare_blocks() - self._watermark
+        for request, _ in zip(self._waiting, self._free_rows, strict=False):
+            if request.row is not None or share >= most:
+                break
+            hit = self._find_hit(request)
+            spare -= self._num_new_blocks(request, hit)
+            need = request.num_tokens - len(hit) * self.block_size
+            if need > short or spare < 0:
+                break
+            share += need
+        return min(share, most)
+
     def _admit(self, budget: int, rows: list[ScheduledRow], requests: list[Request], now: float) -> list[NewRow]:
         """Bind waiting requests to rows, strictly in order, as far as budget, rows and blocks go."""
         new_rows: list[NewRow] = []
         if not (budget and self._waiting and self._free_rows):
             return new_rows
-        # Blocks that no running request needs for the tokens it has: one that reached a block's end takes a
-        # new block in the next step, and would take it from the request admitted now. That one in turn is
-        # counted with all its tokens, not its next chunk's, or it would be preempted half-way.
-        spare = self.pool.free_count - sum(self._num_blocks(r.num_tokens) - len(r.block_table) for r in self._running)
+        spare = self._spare_blocks()
         while budget and self._waiting and self._free_rows:
             request = self._waiting[0]
             if request.row is not None:
                 break  # preempted, and its last step is still in flight
             hit = self._find_hit(request)
-            needed = self._num_blocks(request.num_tokens) - len(hit) + self.pool.count_free(hit)
+            needed = self._num_new_blocks(request, hit)
             if spare < needed + (self._watermark if self._running else 0):
                 break
             spare -= needed
@@ -366,10 +409,11 @@ class Scheduler:
     ) -> None:
         """Tell what a step did for a prompt; what a resumed request does again was told and counted before."""
         done = min(row.start + row.num_tokens, request.num_prompt_tokens)
-        self._prompt_tokens += max(0, done - request.num_prompt_tokens_done)
-        request.num_prompt_tokens_done = max(request.num_prompt_tokens_done, done)
-        if request.progress and not row.sample and len(request.tokens) == request.num_prompt_tokens:
-            result.progress[request.request_id] = request.num_prompt_tokens_done
+        if done > request.num_prompt_tokens_done:
+            self._prompt_tokens += done - request.num_prompt_tokens_done
+            request.num_prompt_tokens_done = done
+            if request.progress and not row.sample:
+                result.progress[request.request_id] = done
         if prompt_logprobs is None:
             return
         known = request.num_prompt_logprobs - row.start

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from model.batch import Logprobs
 from scheduler.messages import Finished, FinishReason, Started
 from server.streams import Delta, RequestStream
 
@@ -40,6 +41,24 @@ def test_a_slow_reader_finds_everything_merged_into_one_delta() -> None:
         return [delta async for delta in stream]
 
     assert asyncio.run(scenario()) == [Delta(list(range(1, 1001)), STOP, HIT)]
+
+
+def test_log_probabilities_merge_in_order_and_progress_keeps_the_latest() -> None:
+    async def scenario() -> list[Delta]:
+        stream = RequestStream("a")
+        for position in (1, 2, 3):
+            stream.push([], prompt_logprobs=Logprobs([[position]], [[-0.5 * position]]))
+            stream.push([], progress=64 * position)
+        stream.push([], started=HIT)
+        stream.push([], logprobs=Logprobs([[7]], [[-1.0]]))
+        stream.push([7])
+        stream.push([], logprobs=Logprobs([[8]], [[-2.0]]))
+        stream.push([8], finished=STOP)
+        return [delta async for delta in stream]
+
+    prompt_logprobs = Logprobs([[1], [2], [3]], [[-0.5], [-1.0], [-1.5]])
+    logprobs = Logprobs([[7], [8]], [[-1.0], [-2.0]])
+    assert asyncio.run(scenario()) == [Delta([7, 8], STOP, HIT, logprobs, prompt_logprobs, 192)]
 
 
 def test_nothing_comes_after_the_end() -> None:

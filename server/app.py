@@ -63,6 +63,7 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
         gate=gate,
         grammars=GrammarChecker(settings.model / "tokenizer.json"),
         metrics=metrics,
+        open_requests=open_requests,
         defaults=load_generation_defaults(settings.model),
         seeds=SystemRandom() if settings.seed is None else Random(settings.seed),
     )

@@ -17,11 +17,12 @@ from scheduler.messages import AddRequest, EngineReady, Grammar
 from server import limits
 from server.admission import AdmissionGate
 from server.engine_client import EngineClient, EngineState, EngineUnavailable
-from server.errors import BadRequest, DeadlineExceeded, Overloaded, Unavailable
+from server.errors import BadRequest, Cancelled, DeadlineExceeded, Overloaded, Unavailable
 from server.events import ChoiceEvent
 from server.grammar_check import GrammarChecker
 from server.merge import MergedStreams
 from server.metrics import Metrics
+from server.open_requests import OpenRequests
 from server.record import RequestRecord
 from server.sampling import check_fields, fit_max_tokens, prompt_too_long, sampling_params
 from server.schemas.sampling import SamplingFields
@@ -69,6 +70,7 @@ class Generator:
         gate: AdmissionGate,
         grammars: GrammarChecker,
         metrics: Metrics,
+        open_requests: OpenRequests,
         defaults: GenerationDefaults,
         seeds: Random,
     ) -> None:
@@ -77,6 +79,7 @@ class Generator:
         self._gate = gate
         self._grammars = grammars
         self._metrics = metrics
+        self._open_requests = open_requests
         self._defaults = defaults
         self._seeds = seeds
 
@@ -112,28 +115,36 @@ class Generator:
         except Unavailable as error:
             self._metrics.on_rejection("open_requests" if isinstance(error, Overloaded) else "not_ready")
             raise
+        record.response_id = job.request_id
         answer = _Answer(self, job, record, arrival)
         try:
-            try:
-                async with asyncio.timeout(answer.time_left):
-                    if job.grammar is not None:
-                        await self._grammars.check(job.grammar, grammar_param(fields))
-                    prompts = [await encode(ready.max_model_len) for encode in job.prompts]
-                    params = await self._params(job, ready, prompts)
-            except TimeoutError:
-                raise DeadlineExceeded from None
-            for number, prompt in enumerate(prompts):
-                answer.submit(number * fields.choices, prompt, params[number])
-            while answer.is_open:
-                for event in await answer.read():
-                    yield event
+            with self._open_requests.track(record, answer.cancel):
+                prompts, params = await self._prepare(job, ready, answer.time_left)
+                answer.check_cancelled()
+                for number, prompt in enumerate(prompts):
+                    answer.submit(number * fields.choices, prompt, params[number])
+                while answer.is_open:
+                    for event in await answer.read():
+                        yield event
         finally:
             ticket.release()
             answer.abort()
             await answer.close()
 
+    async def _prepare(
+        self, job: Job, ready: EngineReady, seconds: float | None
+    ) -> tuple[list[array[int]], list[SamplingParams]]:
+        """The prompts and the parameters of each one's first choice. Raises DeadlineExceeded after so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                if job.grammar is not None:
+                    await self._grammars.check(job.grammar, grammar_param(job.fields))
+                prompts = [await encode(ready.max_model_len) for encode in job.prompts]
+                return prompts, await self._params(job, ready, prompts)
+        except TimeoutError:
+            raise DeadlineExceeded from None
+
     async def _params(self, job: Job, ready: EngineReady, prompts: list[array[int]]) -> list[SamplingParams]:
-        """The parameters of each prompt's first choice."""
         bad_words = await self._bad_words(job.fields.bad_words or ())
         return [
             sampling_params(
@@ -226,8 +237,10 @@ class _Answer:
         except TimeoutError:
             if left is not None and left == timeout:
                 raise DeadlineExceeded from None
+            self.check_cancelled()
             sequence = next(iter(self._sequences.values()))
             return [ChoiceEvent(sequence.index, sequence.counts)]
+        self.check_cancelled()
         events = []
         for index, delta in deltas:
             sequence = self._sequences[index]
@@ -262,6 +275,15 @@ class _Answer:
         del self._sequences[sequence.index]
         self._generator.engine.abort(sequence.request.request_id)
         sequence.close()
+
+    def cancel(self) -> None:
+        """Wakes whoever reads: all streams end at once."""
+        for sequence in self._sequences.values():
+            self._generator.engine.abort(sequence.request.request_id)
+
+    def check_cancelled(self) -> None:
+        if self._record.cancelled:
+            raise Cancelled
 
     def abort(self) -> None:
         for sequence in list(self._sequences.values()):

@@ -103,9 +103,10 @@ class ScriptedEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        stream = self.streams.pop(request_id)
-        if not stream.ended:
+        stream = self.streams.pop(request_id, None)
+        if stream is not None and not stream.ended:
             self.aborted.append(request_id)
+            stream.push([], finished=Finished(reason=FinishReason.ABORT))
 
     def prompt(self, index: int = -1) -> list[int]:
         return list(array("I", self.requests[index].prompt))

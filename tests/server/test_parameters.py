@@ -19,6 +19,7 @@ from tests.server.harness import (
     Script,
     ScriptedEngine,
     answers,
+    call,
     chat,
     finish,
     ids_of,
@@ -485,6 +486,31 @@ def test_timeout_after_the_first_token() -> None:
     assert answer.status == 200
     assert answer.events[-1]["error"]["code"] == "timeout"
     assert len(engine.aborted) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cancel_by_id(stream: bool) -> None:
+    async def go(started: bool) -> tuple[Answer, Answer, ScriptedEngine]:
+        def script(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
+            if started:
+                out.push(ids_of("one"), started=Started(0, 0.0, 0.0))
+
+        app, engine = make_app(script)
+        request = asyncio.create_task(post(app, CHAT, chat(n=2, request_id="mine", stream=stream)))
+        while len(engine.requests) < (2 if started else 1):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        refused = await call(app, "POST", "/v1/requests/other/cancel")
+        assert refused.status == 404
+        cancelled = await call(app, "POST", "/v1/requests/mine/cancel")
+        return await request, cancelled, engine
+
+    for started in (False, True):
+        answer, cancelled, engine = asyncio.run(go(started))
+        assert cancelled.json == {"cancelled": True}
+        error = answer.events[-1]["error"] if stream and started else answer.error
+        assert error["code"] == "cancelled"
+        assert not engine.streams
 
 
 def test_answers_are_json_with_every_parameter() -> None:

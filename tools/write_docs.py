@@ -17,7 +17,7 @@ from server.limits import LIMITS
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS
 from server.openapi import STATUSES
-from server.schemas import chat, completion
+from server.schemas import chat, completion, messages, responses
 from server.schemas.sampling import SamplingFields
 from server.settings import ENV_PREFIX, Settings, flag_of
 from server.tokenizer import load_tokenizer
@@ -57,12 +57,14 @@ def endpoints() -> str:
 
 
 def fields() -> str:
-    """The request fields that are read: those of both endpoints, then each one's own."""
+    """The request fields that are read: those of both completion endpoints, then each endpoint's own."""
     shared = SamplingFields.model_fields
     rows = [("both", f"`{name}`", field.description or "") for name, field in shared.items()]
     for path, model in (("chat", chat.ChatCompletionRequest), ("completions", completion.CompletionRequest)):
         own = {name: field for name, field in model.model_fields.items() if name not in shared}
         rows += [(path, f"`{name}`", field.description or "") for name, field in own.items()]
+    for path, other in (("responses", responses.ResponsesRequest), ("messages", messages.MessagesRequest)):
+        rows += [(path, f"`{name}`", field.description or "") for name, field in other.model_fields.items()]
     return table(("endpoint", "field", "meaning"), rows)
 
 
@@ -73,6 +75,8 @@ def refused() -> str:
         ("both", both),
         ("chat", chat.UNSUPPORTED.keys() - both),
         ("completions", completion.UNSUPPORTED.keys() - both),
+        ("responses", responses.UNSUPPORTED.keys()),
+        ("messages", messages.UNSUPPORTED.keys()),
     ]
     return table(
         ("endpoint", "refused"), [(path, ", ".join(f"`{name}`" for name in sorted(names))) for path, names in lines]

@@ -158,8 +158,28 @@ class JsonSchemaFormat(StrictModel):
     strict: bool | None = None
 
 
+_FORMATS = ("text", "json_object", "json_schema")
+
+
+def _kind_of_format(value: object) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if kind in _FORMATS else None
+
+
+Format = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+    Discriminator(
+        _kind_of_format,
+        custom_error_type="format_type",
+        custom_error_message=f"Only formats of these types are supported: {', '.join(_FORMATS)}",
+    ),
+]
+
+
 class TextOptions(StrictModel):
-    format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
+    format: Format | None = None
 
 
 class Reasoning(StrictModel):

@@ -98,7 +98,8 @@ def test_what_is_remembered_elsewhere_is_refused(name: str) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{**FUNCTION, "name": "not a name"}]}, "tools[0].name"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.json_schema.name"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.name"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format"),
         ({"metadata": {"k": 1}}, "metadata.k"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"input": "word " * 1000}, "input"),
@@ -112,6 +113,26 @@ def test_errors_name_the_field(data: dict[str, Any], param: str) -> None:
     assert refused.status == (404 if "model" in data else 400)
     assert refused.error["param"] == param
     assert "messages" not in refused.error["message"] or "context length" in refused.error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [PATH, "/v1/messages"])
+def test_a_client_that_leaves_ends_its_request(path: str, stream: bool) -> None:
+    def script(engine: ScriptedEngine, request: AddRequest, stream: RequestStream) -> None:
+        stream.push(ids_of("one"))
+
+    async def run() -> None:
+        app, engine = make_app(script)
+        gone = asyncio.Event()
+        body = {"input": "Hello"} if path == PATH else {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+        task = asyncio.ensure_future(post(app, path, {**body, "stream": stream}, disconnect=gone))
+        await engine.submitted.wait()
+        assert engine.requests[0].request_id.startswith(("resp_", "msg_"))
+        gone.set()
+        await asyncio.wait_for(task, 5)
+        assert engine.aborted == [engine.requests[0].request_id]
+
+    asyncio.run(run())
 
 
 def test_items_become_messages() -> None:

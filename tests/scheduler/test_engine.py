@@ -353,9 +353,11 @@ def test_the_first_token_tells_cache_queue_and_prefill(start: StartEngine) -> No
         if isinstance(message, StepOutput):
             started |= message.started
     assert [started[request_id].cached_tokens for request_id in "ab"] == [0, 128]
-    assert started["a"].queue_seconds < 0.05 <= 0.15 <= started["a"].prefill_seconds < 1
-    assert 0.2 <= started["b"].queue_seconds < 1
-    assert 0.05 <= started["b"].prefill_seconds < 0.2
+    # Steps of 50 ms: three for the prompt of `a` and one more, one for what the cache leaves of `b`.
+    assert 0 <= started["a"].queue_seconds < started["a"].prefill_seconds
+    assert 0.15 <= started["a"].prefill_seconds < 5
+    assert 0.15 <= started["b"].queue_seconds < 5
+    assert 0.05 <= started["b"].prefill_seconds < started["b"].queue_seconds
 
 
 def test_after_a_reset_of_the_prefix_cache_nothing_is_found(start: StartEngine) -> None:

@@ -297,7 +297,8 @@ class Engine:
                     self.open_ids.add(item.request_id)
                 else:
                     self._refused[item.request_id] = refusal
-                    self._grammars.drop(item.request_id)
+                    if item.has_grammar:  # if not, one under this id belongs to the request that has the id
+                        self._grammars.drop(item.request_id)
             case Refused():
                 self._refused[item.request_id] = item.finished
             case AbortRequests():

@@ -163,8 +163,8 @@ def test_maximum(limit: Limit) -> None:
 def test_minimum(limit: Limit) -> None:
     assert send(limit, below(limit)).status == 400
     assert limit.minimum is not None
-    # A deadline of a millisecond is in the table's range, and then too short.
-    assert send(limit, limit.minimum).status == (408 if limit.name == "timeout" else 200)
+    # A deadline of a millisecond is in the range, and then perhaps too short.
+    assert send(limit, limit.minimum).status in ((200, 408) if limit.name == "timeout" else (200,))
 
 
 def test_chunked_body_is_bounded_without_a_length() -> None:

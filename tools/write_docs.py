@@ -21,6 +21,7 @@ from server.schemas import chat, completion, messages, responses
 from server.schemas.sampling import SamplingFields
 from server.settings import ENV_PREFIX, Settings, flag_of
 from server.tokenizer import load_tokenizer
+from tools.parameters import rows as parameter_rows
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -83,6 +84,11 @@ def refused() -> str:
     )
 
 
+def parameters() -> str:
+    """What becomes of every parameter that other servers know."""
+    return table(("parameter", "chat", "completions"), parameter_rows())
+
+
 def statuses() -> str:
     return table(("status", "meaning"), [(str(status), text) for status, text in sorted(STATUSES.items())])
 
@@ -95,7 +101,7 @@ def metrics() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (options, limits, endpoints, fields, refused, statuses, metrics)
+    part.__name__: part for part in (options, limits, endpoints, fields, refused, parameters, statuses, metrics)
 }
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -171,6 +171,12 @@ def test_items_become_messages() -> None:
     ]
 
 
+def test_thoughts_without_an_answer_belong_to_no_later_one() -> None:
+    thoughts = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert messages_of([thoughts, *turns]) == turns
+
+
 def test_two_answers_in_a_row_stay_two_messages() -> None:
     items = [{"role": "assistant", "content": text} for text in ("a", "b")]
     assert messages_of(items) == items

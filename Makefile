@@ -13,12 +13,17 @@ ARGS ?=
 TORCH_INDEX ?=
 
 VENV := .venv
+FUZZ_KEY := schemathesis
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel bench bench-long docs format clean
+=======
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel test-clients test-schemathesis test-lm-eval bench docs format clean
+>>>>>>> issue4
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -50,6 +55,22 @@ test-slow: dev ## the tests that take minutes
 
 test-wheel: dev ## the wheel, installed in an empty environment
 	$(BIN)/python -m pytest -m slow tests/test_package.py
+
+test-clients: dev ## OpenAI's, Anthropic's, Vercel's and LangChain's clients against the real process (needs npm)
+	npm install --prefix tests/clients --no-audit --no-fund --no-package-lock --silent
+	$(BIN)/python -m tests.clients.run --max-open-requests 4 -- node --test tests/clients/clients.test.mjs
+	$(BIN)/python -m pytest tests/e2e/test_sdk.py tests/e2e/test_parameters.py tests/e2e/test_tools.py \
+		tests/e2e/test_responses.py tests/e2e/test_messages.py
+
+test-schemathesis: $(VENV)/.schemathesis ## every operation of the API document with made-up requests, good and bad
+	$(BIN)/python -m tests.clients.run --max-model-len 512 --api-key "$(FUZZ_KEY)" -- \
+		$(VENV)/schemathesis/bin/st --config-file tests/clients/schemathesis.toml run {url}/openapi.json \
+		--header "Authorization: Bearer $(FUZZ_KEY)" --checks all --mode all \
+		--phases examples,coverage,fuzzing --max-examples 100 --max-response-time 30 --request-timeout 60
+
+test-lm-eval: $(VENV)/.lm-eval ## lm-eval's scores of the built-in model against the plain reference
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONPATH=. $(BIN)/python -m tests.clients.run -- \
+		$(VENV)/lm-eval/bin/python -m tests.clients.lm_eval_scores
 
 bench: dev ## what scheduling and starting cost, against their targets
 	$(BIN)/python -m benchmarks.control_plane --check
@@ -83,4 +104,17 @@ $(VENV)/.runtime: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Tools with pins of their own: they get environments of their own. lm-eval finds everything else in ours.
+$(VENV)/.schemathesis: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/schemathesis
+	$(VENV)/schemathesis/bin/pip install --quiet --disable-pip-version-check 'schemathesis==4.32.5'
+	@touch $@
+
+$(VENV)/.lm-eval: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/lm-eval
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)/lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/latentd.pth"
+	$(VENV)/lm-eval/bin/pip install --quiet --disable-pip-version-check 'lm-eval[api]==0.4.13'
 	@touch $@

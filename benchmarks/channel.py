@@ -55,7 +55,7 @@ def run_engine(channel: EngineChannel, rows: int, steps: int, interval: float) -
                 request_ids=request_ids,
                 token_ids=[[100_000 + step]] * rows,
                 finished=dict.fromkeys(request_ids, ended) if last else {},
-                cached_tokens={},
+                started={},
                 stats=EngineStats(step_seconds=cpu if last else time.monotonic()),
             )
             channel.send(output)

@@ -39,6 +39,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Ids that end the request beside the checkpoint's eos ids."""
     ignore_eos: bool = False
     """The checkpoint's eos ids do not end the request (`stop_token_ids` still do)."""
+    min_tokens: int = 0
+    """Until so many tokens are generated, eos and stop ids cannot be drawn (with `ignore_eos`: stop ids only)."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits before temperature; -100 and below bans."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Only these can be drawn; empty means all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences whose last token is banned where the ones before it were just generated."""
+    logprobs: int | None = None
+    """Log-probabilities of each sampled token and of so many most likely ones; None means none at all."""
+    prompt_logprobs: int | None = None
+    """Likewise for every prompt token but the first. Such a request takes no prefix hit."""
+
+
+class Logprobs(msgspec.Struct, array_like=True):
+    """Raw (before penalties, bias, temperature) log-probabilities of consecutive tokens, one entry a token.
+
+    Entry i holds the token itself first, then the k most likely ids in falling order (the token may be among them).
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+
+    def extend(self, later: Logprobs) -> None:
+        """Append the entries of the tokens that follow."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +104,8 @@ class ForwardBatch:
     rows: list[ScheduledRow]
     new_rows: list[NewRow] = field(default_factory=list)
     released_rows: list[int] = field(default_factory=list)
+    grammar_bitmasks: dict[int, bytes] = field(default_factory=dict)
+    """Row -> packed bits, little-endian, one a token id, at least vocab_size of them: 1 where the id may be drawn."""
 
     @property
     def num_tokens(self) -> int:
@@ -92,3 +121,7 @@ class SampledTokens:
     """Rows of the batch with `sample`, in batch order."""
     token_ids: list[int]
     """-1 where the row's logits were not finite: the request ends with an error."""
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    """By row, for rows that asked for them."""
+    prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    """By row: of the prompt tokens that this step's positions predict, in order."""

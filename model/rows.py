@@ -6,21 +6,49 @@ bound anew. The worker appends what it sampled itself, so a decode step needs a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from model.batch import ForwardBatch, NewRow, SamplingParams
+from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE
-from model.sampler import Penalties, SamplingInputs
+from model.sampler import Limits, Penalties, SamplingInputs
+
+BAN = -100.0
+"""A bias so low bans, as OpenAI documents it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What a request's parameters say about the ids it may draw, prepared for each step."""
+
+    allowed: NDArray[np.int64]
+    biased: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    ends: list[int]
+    """Ids that end the request: banned until `min_tokens` are generated."""
+    min_tokens: int
+    bad_words: list[list[int]]
+
+    def banned_after(self, output: NDArray[np.int32]) -> list[int]:
+        """Ids that cannot follow the tokens generated so far."""
+        banned = self.ends[:] if len(output) < self.min_tokens else []
+        for word in self.bad_words:
+            before = len(word) - 1
+            if before <= len(output) and output[len(output) - before :].tolist() == word[:-1]:
+                banned.append(word[-1])
+        return banned
 
 
 class Rows:
     """State of `max_num_seqs` rows of at most `max_model_len` tokens; pages of it are used only once written."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = ()) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
         self._tokens = np.empty((max_num_seqs, max_model_len), np.int32)
         self._num_tokens = np.zeros(max_num_seqs, np.int64)
         self._blocks = np.empty((max_num_seqs, -(-max_model_len // BLOCK_SIZE)), np.int32)
@@ -33,6 +61,7 @@ class Rows:
         self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._penalised = np.zeros(max_num_seqs, np.bool_)
+        self._limits: list[_Limits | None] = [None] * max_num_seqs
 
     def update(self, batch: ForwardBatch) -> None:
         """Release, bind and grow rows as `batch` says. Raises ValueError where the batch contradicts the rows."""
@@ -79,8 +108,20 @@ class Rows:
             sample_index=torch.from_numpy(query_start[1:][sampled] - 1).to(device),
         )
 
-    def sampling_inputs(self, sampled: Sequence[int]) -> SamplingInputs:
-        """Parameters of the rows that sample, in the order given."""
+    def params(self, row: int) -> SamplingParams:
+        params = self._params[row]
+        assert params is not None
+        return params
+
+    def predicted_prompt_tokens(self, scheduled: ScheduledRow) -> list[int]:
+        """The prompt tokens that the first positions of a row's share of the step predict: each position the next."""
+        end = min(scheduled.start + scheduled.num_tokens + 1, int(self._num_prompt_tokens[scheduled.row]))
+        tokens: list[int] = self._tokens[scheduled.row, scheduled.start + 1 : end].tolist()
+        return tokens
+
+    def sampling_inputs(self, sampled: Sequence[int], bitmasks: Mapping[int, bytes] | None = None) -> SamplingInputs:
+        """Parameters of the rows that sample, in the order given; `bitmasks` by row, of those under a grammar."""
+        bitmasks = bitmasks or {}
         rows = np.array(sampled, np.int64)
         return SamplingInputs(
             temperature=self._temperature[rows],
@@ -90,6 +131,11 @@ class Rows:
             seed=self._seed[rows],
             position=self._num_tokens[rows],
             penalties=[self._penalties(sampled[i], i) for i in np.flatnonzero(self._penalised[rows]).tolist()],
+            limits=[
+                self._limits_of(row, index, bitmasks.get(row))
+                for index, row in enumerate(sampled)
+                if self._limits[row] is not None or row in bitmasks
+            ],
         )
 
     def append(self, sampled: Sequence[int], token_ids: Sequence[int]) -> None:
@@ -121,6 +167,21 @@ class Rows:
             params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         )
 
+        self._limits[row] = self._prepare_limits(params)
+
+    def _prepare_limits(self, params: SamplingParams) -> _Limits | None:
+        if not (params.min_tokens or params.logit_bias or params.allowed_token_ids or params.bad_words):
+            return None
+        bias = np.array(list(params.logit_bias.values()), np.float32)
+        return _Limits(
+            allowed=np.array(params.allowed_token_ids, np.int64),
+            biased=np.array(list(params.logit_bias), np.int64),
+            bias=np.where(bias <= BAN, np.float32(-np.inf), bias),
+            ends=[*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)],
+            min_tokens=params.min_tokens,
+            bad_words=[list(word) for word in params.bad_words if word],
+        )
+
     def _append_blocks(self, row: int, blocks: Sequence[int]) -> None:
         first = int(self._num_blocks[row])
         if first + len(blocks) > self._blocks.shape[1]:
@@ -129,8 +190,7 @@ class Rows:
         self._num_blocks[row] = first + len(blocks)
 
     def _penalties(self, row: int, index: int) -> Penalties:
-        params = self._params[row]
-        assert params is not None
+        params = self.params(row)
         return Penalties(
             index=index,
             tokens=self._tokens[row, : self._num_tokens[row]],
@@ -139,3 +199,12 @@ class Rows:
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
         )
+
+    def _limits_of(self, row: int, index: int, bitmask: bytes | None) -> Limits:
+        limits = self._limits[row]
+        if limits is None:
+            none = np.empty(0, np.int64)
+            return Limits(index, bitmask, allowed=none, banned=none, biased=none, bias=np.empty(0, np.float32))
+        output = self._tokens[row, self._num_prompt_tokens[row] : self._num_tokens[row]]
+        banned = np.array(limits.banned_after(output), np.int64)
+        return Limits(index, bitmask, limits.allowed, banned, limits.biased, limits.bias)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from model.batch import ForwardBatch, NewRow, SampledTokens, SamplingParams, ScheduledRow
+from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, SamplingParams, ScheduledRow
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.config import CheckpointError, load_config
 from model.deepseek import DeepseekForCausalLM
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.logprobs import SLICE_ROWS, as_column, logprobs_of
 from model.memory import available_memory, in_gib, require_memory, weight_bytes_in
 from model.ops.eager.ops import EagerOps
 from model.pool_size import ConfigError, size_pool
@@ -55,15 +56,50 @@ class ModelRunner:
 
         Raises ValueError, having computed nothing, where the batch contradicts what the rows hold.
         """
-        sampled = [scheduled.row for scheduled in batch.rows if scheduled.sample]
-        token_ids: list[int] = []
+        outcome = SampledTokens(batch.step, [scheduled.row for scheduled in batch.rows if scheduled.sample], [])
         inputs = self.prepare(batch)
         hidden = self.model(inputs, self.cache)
-        if sampled:
+        outcome.prompt_logprobs = self._prompt_logprobs(batch, inputs, hidden)
+        if outcome.rows:
             logits = self.model.logits(hidden[inputs.sample_index])
-            token_ids = sample(logits, self._rows.sampling_inputs(sampled))
-            self._rows.append(sampled, token_ids)
-        return SampledTokens(step=batch.step, rows=sampled, token_ids=token_ids)
+            asking = [i for i, row in enumerate(outcome.rows) if self._rows.params(row).logprobs is not None]
+            raw = logits[asking] if asking else logits  # a copy: sampling overwrites
+            outcome.token_ids = sample(logits, self._rows.sampling_inputs(outcome.rows, batch.grammar_bitmasks))
+            if asking:
+                outcome.logprobs = self._logprobs(outcome, asking, raw)
+            self._rows.append(outcome.rows, outcome.token_ids)
+        return outcome
+
+    def _logprobs(self, outcome: SampledTokens, asking: list[int], raw: torch.Tensor) -> dict[int, Logprobs]:
+        """Of the sampled tokens of the rows `asking` (indices into `outcome.rows`), whose logits are `raw`."""
+        token_ids = [max(outcome.token_ids[i], 0) for i in asking]
+        num_top = [self._rows.params(outcome.rows[i]).logprobs or 0 for i in asking]
+        columns: dict[int, Logprobs] = {}
+        for first in range(0, len(asking), SLICE_ROWS):
+            part = slice(first, first + SLICE_ROWS)
+            for i, entry in zip(asking[part], logprobs_of(raw[part], token_ids[part], num_top[part]), strict=True):
+                columns[outcome.rows[i]] = as_column([entry])
+        return columns
+
+    def _prompt_logprobs(self, batch: ForwardBatch, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, Logprobs]:
+        """Of the prompt tokens that this step's positions predict, for rows that ask.
+
+        The head runs over a few positions at a time: the logits of a long prompt, 50 GiB at 128K tokens, never exist.
+        """
+        columns: dict[int, Logprobs] = {}
+        for scheduled, first in zip(batch.rows, inputs.query_start, strict=False):
+            num_top = self._rows.params(scheduled.row).prompt_logprobs
+            if num_top is None:
+                continue
+            predicted = self._rows.predicted_prompt_tokens(scheduled)
+            entries = []
+            for start in range(0, len(predicted), SLICE_ROWS):
+                tokens = predicted[start : start + SLICE_ROWS]
+                logits = self.model.logits(hidden[first + start : first + start + len(tokens)])
+                entries += logprobs_of(logits, tokens, [num_top] * len(tokens))
+            if entries:
+                columns[scheduled.row] = as_column(entries)
+        return columns
 
     def prepare(self, batch: ForwardBatch) -> StepInputs:
         """Apply `batch` to the rows and gather what the network reads."""
@@ -127,7 +163,9 @@ def load_runner(
     load_weights(model, checkpoint, torch_dtype, torch_device, progress)
     model.prepare()
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
-    runner = ModelRunner(model, cache, Rows(max_num_seqs, size.max_model_len), checkpoint, size.max_model_len)
+    eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
+    rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids)
+    runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len)
     runner.warm_up(max_num_batched_tokens)
     logger.info(
         "%s in %s on %s: %s of weights, %s of latent cache (%d blocks of %d tokens), at most %d tokens a request",

@@ -41,6 +41,22 @@ class Penalties:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Which ids one row may draw, and what is added to their logits. Empty arrays and None limit nothing."""
+
+    index: int
+    """Which of the S rows."""
+    bitmask: bytes | None
+    """One bit an id, little-endian: 1 where a grammar lets it come next."""
+    allowed: NDArray[np.int64]
+    """The only ids that can be drawn."""
+    banned: NDArray[np.int64]
+    biased: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    """Added to the logits of `biased`; -inf bans."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingInputs:
     """Parameters of the S rows that sample in this step, in columns [S]."""
 
@@ -55,14 +71,21 @@ class SamplingInputs:
     """Index the chosen token gets in its request."""
     penalties: list[Penalties]
     """Only of rows that have any."""
+    limits: list[Limits]
+    """Only of rows that have any."""
 
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
-    """One token id for each row of `logits` [S, V] float32 (overwritten by penalties); -1 where a row is not finite.
+    """One token id for each row of `logits` [S, V] float32 (overwritten); -1 where a row is not finite or its limits
+    leave nothing to draw.
 
-    Order, as transformers: penalties, temperature, top_k, top_p, min_p, draw. Equal logits: the lowest id first.
+    Order: limits (grammar, allowed, banned, bias), then as transformers: penalties, temperature, top_k, top_p, min_p,
+    draw. Equal logits: the lowest id first.
     """
     finite = torch.isfinite(logits.amin(dim=-1)) & torch.isfinite(logits.amax(dim=-1))
+    for limits in inputs.limits:
+        limit(logits[limits.index], limits)
+        finite[limits.index] &= logits[limits.index].amax() > -torch.inf
     for penalties in inputs.penalties:
         penalise(logits[penalties.index], penalties)
     chosen = logits.argmax(dim=-1)
@@ -82,6 +105,24 @@ def draw(logits: torch.Tensor, inputs: SamplingInputs, rows: NDArray[np.int64]) 
     seed = torch.from_numpy(inputs.seed[rows].view(np.int64)).to(device)
     key = mix64(mix64(seed) ^ torch.from_numpy(inputs.position[rows]).to(device))
     return race(weights, key)
+
+
+def limit(logits: torch.Tensor, limits: Limits) -> None:
+    """Apply one row's limits to its logits [V] in place: what cannot be drawn gets -inf."""
+    device = logits.device
+    if limits.bitmask is not None:
+        packed = np.frombuffer(limits.bitmask, np.uint8)
+        bits = np.unpackbits(packed, count=logits.shape[0], bitorder="little").view(np.bool_)
+        logits.masked_fill_(torch.from_numpy(~bits).to(device), -torch.inf)
+    if limits.allowed.size:
+        allowed = torch.from_numpy(limits.allowed).to(device)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
+    if limits.banned.size:
+        logits[torch.from_numpy(limits.banned).to(device)] = -torch.inf
+    if limits.biased.size:
+        logits[torch.from_numpy(limits.biased).to(device)] += torch.from_numpy(limits.bias).to(device)
 
 
 def penalise(logits: torch.Tensor, penalties: Penalties) -> None:

@@ -27,7 +27,7 @@ from typing import NoReturn, Protocol
 
 import numpy as np
 
-from model.batch import ForwardBatch, SampledTokens
+from model.batch import ForwardBatch, SampledTokens, SamplingParams
 from scheduler.block_pool import BlockPool
 from scheduler.channel import ChannelClosed, ChannelError, EngineChannel, ProtocolError
 from scheduler.config import BLOCK_SIZE, EngineConfig
@@ -40,7 +40,9 @@ from scheduler.messages import (
     EngineReady,
     Finished,
     FinishReason,
+    Grammar,
     Heartbeat,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
 )
@@ -58,6 +60,7 @@ _ABORTED = Finished(reason=FinishReason.ABORT)
 _DRAIN_ABORTED = Finished(
     reason=FinishReason.ABORT, code="shutting_down", message="The server shut down before the request was complete."
 )
+_GRAMMAR_ENDED = Finished(reason=FinishReason.STOP)
 _DRAIN_REFUSED = Finished(reason=FinishReason.REJECTED, code="shutting_down", message="The server is shutting down.")
 
 
@@ -93,6 +96,25 @@ class Runner(Protocol):
 RunnerFactory = Callable[[EngineConfig], Runner]
 
 
+class Grammars(Protocol):
+    """What the engine needs of whatever enforces grammars: the state of each request that has one, by id."""
+
+    def add(self, request_id: str, grammar: Grammar) -> None:
+        """Compile, in the reader thread. `ValueError`, from here and below, says what is wrong with the grammar."""
+
+    def bitmask(self, request_id: str) -> bytes:
+        """Which ids may come next, packed as in `ForwardBatch.grammar_bitmasks`; eos where the text may end."""
+
+    def accept(self, request_id: str, token_id: int) -> bool:
+        """Advance by a sampled token; True where nothing more can follow."""
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request. A no-op for one without a grammar."""
+
+
+GrammarsFactory = Callable[[EngineConfig, Runner], Grammars]
+
+
 def load_model(config: EngineConfig) -> Runner:
     """The real worker: loads the checkpoint. `ValueError` or `OSError` when the operator must change something."""
     # Imported here, so that this module and whatever wraps it with another runner load no torch.
@@ -111,6 +133,14 @@ def load_model(config: EngineConfig) -> Runner:
     )
 
 
+def load_grammars(config: EngineConfig, runner: Runner) -> Grammars:
+    """The real grammars, over the checkpoint's tokenizer. Nothing is read before the first one."""
+    # Imported here for the same reason as the model: only an engine with a checkpoint needs llguidance.
+    from scheduler.grammar import CheckpointGrammars
+
+    return CheckpointGrammars(Path(config.model_dir) / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
     """A request that the reader found impossible to build."""
@@ -119,7 +149,7 @@ class Refused:
     finished: Finished
 
 
-Inbox = SimpleQueue[Request | Refused | AbortRequests | Shutdown]
+Inbox = SimpleQueue[Request | Refused | AbortRequests | ResetPrefixCache | Shutdown]
 
 
 class Reader:
@@ -131,13 +161,15 @@ class Reader:
         """With what to exit at the front-end's end of file."""
         self._channel = channel
         self._scheduler: Scheduler | None = None
+        self._grammars: Grammars | None = None
         self._vocab_size = 0
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="reader", daemon=True).start()
 
-    def accept_requests(self, scheduler: Scheduler, vocab_size: int) -> None:
+    def accept_requests(self, scheduler: Scheduler, grammars: Grammars, vocab_size: int) -> None:
         """Call before the front-end is told that the engine is ready; a request that comes earlier is an error."""
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._scheduler = scheduler
 
@@ -147,7 +179,7 @@ class Reader:
                 match self._channel.receive():
                     case AddRequest() as message:
                         self.inbox.put(self._build(message))
-                    case AbortRequests() | Shutdown() as message:
+                    case AbortRequests() | ResetPrefixCache() | Shutdown() as message:
                         self.inbox.put(message)
                     case message:
                         raise ProtocolError(f"unexpected {type(message).__name__}")
@@ -166,16 +198,41 @@ class Reader:
             token_ids = np.frombuffer(message.prompt, dtype="<u4")
             if token_ids.size and (largest := int(token_ids.max())) >= self._vocab_size:
                 raise ValueError(f"token id {largest} is outside the vocabulary of {self._vocab_size}")
-            return self._scheduler.make_request(message)
+            request = self._scheduler.make_request(message, time.monotonic())
         except ValueError as error:
-            refusal = Finished(reason=FinishReason.REJECTED, code="invalid_prompt", message=str(error))
-            return Refused(message.request_id, refusal)
+            return _refused(message, "invalid_prompt", error)
+        try:
+            _check_ids(message.params, self._vocab_size)
+        except ValueError as error:
+            return _refused(message, "invalid_request", error)
+        if message.grammar is not None:
+            try:
+                assert self._grammars is not None
+                self._grammars.add(message.request_id, message.grammar)
+            except ValueError as error:
+                return _refused(message, "invalid_grammar", error)
+        return request
+
+
+def _refused(message: AddRequest, code: str, error: Exception) -> Refused:
+    return Refused(message.request_id, Finished(reason=FinishReason.REJECTED, code=code, message=str(error)))
+
+
+def _grammar_failed(error: Exception) -> Finished:
+    return Finished(reason=FinishReason.ERROR, code="grammar_failed", message=str(error))
+
+
+def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+    """The HTTP edge has checked them; one that slipped through must not reach a tensor's index. Raises ValueError."""
+    ids = (params.stop_token_ids, params.logit_bias, params.allowed_token_ids, *params.bad_words)
+    if any(not 0 <= token_id < vocab_size for group in ids for token_id in group):
+        raise ValueError(f"a token id of the sampling parameters is outside the vocabulary of {vocab_size}")
 
 
 class Engine:
     """The main loop."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, grammars: Grammars, inbox: Inbox, outbox: Outbox) -> None:
         self.stats = scheduler.stats()
         """As of the last step or change; replaced, never written to, so that the writer can read it."""
         self.step = 0
@@ -185,6 +242,7 @@ class Engine:
         """Accepted requests without their terminal event."""
         self._scheduler = scheduler
         self._runner = runner
+        self._grammars = grammars
         self._inbox = inbox
         self._outbox = outbox
         self._refused: dict[str, Finished] = {}
@@ -199,12 +257,14 @@ class Engine:
                 for request_id in self.open_ids:
                     self._scheduler.finish(request_id, _DRAIN_ABORTED)
             self.step_started = time.monotonic()
-            batch = self._scheduler.schedule()
+            batch = self._scheduler.schedule(self.step_started)
             if batch is not None:
                 self.step = batch.step
+                constrained = self._mask(batch)
                 sampled = self._runner.execute(batch)
                 self._drain_inbox(wait=False)
-                result = self._scheduler.update(sampled)
+                result = self._scheduler.update(sampled, time.monotonic())
+                self._follow_grammars(constrained, result)
                 step_seconds = time.monotonic() - self.step_started
                 self.step_started = None
                 self._put(result, step_seconds)
@@ -212,7 +272,7 @@ class Engine:
             self.step_started = None
             if self._scheduler.has_work:
                 raise RuntimeError("there are requests, but no step can be scheduled")
-            self._put(StepResult([], [], self._scheduler.take_finished(), {}), self.stats.step_seconds)
+            self._put(StepResult(finished=self._scheduler.take_finished()), self.stats.step_seconds)
             if self._draining:
                 return
 
@@ -229,7 +289,7 @@ class Engine:
         except Empty:
             pass
 
-    def _apply(self, item: Request | Refused | AbortRequests | Shutdown) -> None:
+    def _apply(self, item: Request | Refused | AbortRequests | ResetPrefixCache | Shutdown) -> None:
         match item:
             case Request():
                 refusal = _DRAIN_REFUSED if self._draining else self._scheduler.add(item)
@@ -237,29 +297,68 @@ class Engine:
                     self.open_ids.add(item.request_id)
                 else:
                     self._refused[item.request_id] = refusal
+                    if item.has_grammar:  # if not, one under this id belongs to the request that has the id
+                        self._grammars.drop(item.request_id)
             case Refused():
                 self._refused[item.request_id] = item.finished
             case AbortRequests():
                 for request_id in item.request_ids:
                     self._scheduler.finish(request_id, _ABORTED)
+            case ResetPrefixCache():
+                self._scheduler.reset_prefix_cache()
             case Shutdown():
                 logger.info("draining %d requests for at most %.1f s", len(self.open_ids), item.drain_seconds)
                 self._deadline = time.monotonic() + item.drain_seconds
 
+    def _mask(self, batch: ForwardBatch) -> set[str]:
+        """Give the rows that sample under a grammar their bitmasks; the ids of their requests."""
+        constrained = set()
+        for row, request_id in self._scheduler.grammar_rows:
+            try:
+                batch.grammar_bitmasks[row] = self._grammars.bitmask(request_id)
+            except ValueError as error:
+                self._scheduler.finish(request_id, _grammar_failed(error))  # what this step samples for it is dropped
+            else:
+                constrained.add(request_id)
+        return constrained
+
+    def _follow_grammars(self, constrained: set[str], result: StepResult) -> None:
+        """Advance grammars by their new tokens; a request whose grammar is complete ends, also at its last token."""
+        for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
+            finished = result.finished.get(request_id)
+            if request_id not in constrained or (finished is not None and finished.reason is not FinishReason.LENGTH):
+                continue
+            end = None
+            try:
+                if [token_id for token_id in token_ids if self._grammars.accept(request_id, token_id)]:
+                    end = _GRAMMAR_ENDED
+            except ValueError as error:
+                end = _grammar_failed(error)
+            if end is not None and finished is None:
+                self._scheduler.finish(request_id, end)
+                result.finished |= self._scheduler.take_finished()
+            elif end is not None:
+                result.finished[request_id] = end
+
     def _put(self, result: StepResult, step_seconds: float) -> None:
         self.stats = self._scheduler.stats(step_seconds)
         self.open_ids.difference_update(result.finished)
+        for request_id in result.finished:
+            self._grammars.drop(request_id)
         if self._refused:
             result.finished |= self._refused
             self._refused = {}
-        if result.request_ids or result.finished:
+        if result:
             self._outbox.put(
                 StepOutput(
                     step=self.step,
                     request_ids=result.request_ids,
                     token_ids=result.token_ids,
                     finished=result.finished,
-                    cached_tokens=result.cached_tokens,
+                    started=result.started,
+                    logprobs=result.logprobs,
+                    prompt_logprobs=result.prompt_logprobs,
+                    progress=result.progress,
                     stats=self.stats,
                 )
             )
@@ -286,7 +385,9 @@ def write_messages(channel: EngineChannel, outbox: Outbox, engine: Engine) -> No
         _exit(EXIT_FAILURE)
 
 
-def run_engine(channel: EngineChannel, runner_factory: RunnerFactory) -> int:
+def run_engine(
+    channel: EngineChannel, runner_factory: RunnerFactory, grammars_factory: GrammarsFactory = load_grammars
+) -> int:
     """Be an engine until the front-end ends it; returns the exit code. The whole process is meant to belong to it.
 
     0: shut down. 2: `runner_factory` raised ValueError or OSError, which say in one line what the operator must change.
@@ -313,6 +414,7 @@ def run_engine(channel: EngineChannel, runner_factory: RunnerFactory) -> int:
             raise ValueError(f"the front-end speaks protocol {configure.protocol}, the engine {PROTOCOL_VERSION}")
         runner = runner_factory(config)
         scheduler = _make_scheduler(config, runner)
+        grammars = grammars_factory(config, runner)
     except (ValueError, OSError) as error:
         logger.debug("loading failed", exc_info=True)
         return fail(EXIT_CONFIG, EngineFailed(kind="config", message=_one_line(error)))
@@ -321,8 +423,8 @@ def run_engine(channel: EngineChannel, runner_factory: RunnerFactory) -> int:
         return fail(EXIT_FAILURE, EngineFailed(kind="load", message=f"{type(error).__name__}: {_one_line(error)}"))
 
     outbox = Outbox()
-    engine = Engine(scheduler, runner, reader.inbox, outbox)
-    reader.accept_requests(scheduler, runner.vocab_size)
+    engine = Engine(scheduler, runner, grammars, reader.inbox, outbox)
+    reader.accept_requests(scheduler, grammars, runner.vocab_size)
     channel.send(_describe(config, runner, time.monotonic() - started))
     writer = threading.Thread(target=write_messages, args=(channel, outbox, engine), name="writer", daemon=True)
     writer.start()
@@ -339,7 +441,12 @@ def run_engine(channel: EngineChannel, runner_factory: RunnerFactory) -> int:
     return 0 if failure is None else fail(EXIT_FAILURE, failure)
 
 
-def main(argv: Sequence[str] | None = None, *, runner_factory: RunnerFactory = load_model) -> NoReturn:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    runner_factory: RunnerFactory = load_model,
+    grammars_factory: GrammarsFactory = load_grammars,
+) -> NoReturn:
     # Supervisors signal every process of a service, terminals every process of a group. See the head of this file.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -349,7 +456,7 @@ def main(argv: Sequence[str] | None = None, *, runner_factory: RunnerFactory = l
     sock = socket.socket(fileno=args.fd)
     sock.set_inheritable(False)  # a child of ours must not keep the channel open after we have died
     try:
-        exit_code = run_engine(EngineChannel(sock), runner_factory)
+        exit_code = run_engine(EngineChannel(sock), runner_factory, grammars_factory)
     except ChannelError as error:
         logger.error("no front-end: %s", error)
         exit_code = EXIT_FAILURE

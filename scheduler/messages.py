@@ -10,7 +10,7 @@ import enum
 
 import msgspec
 
-from model.batch import SamplingParams
+from model.batch import Logprobs, SamplingParams
 from scheduler.config import EngineConfig
 
 PROTOCOL_VERSION = 1
@@ -33,6 +33,14 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     protocol: int = PROTOCOL_VERSION
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What the output must match, enforced token by token."""
+
+    kind: str
+    """`json_schema` (text: the schema, `{}` for any JSON object is spelt out), `regex`, `lark`."""
+    text: str
+
+
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     request_id: str
     prompt: bytes
@@ -42,6 +50,9 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """Lower runs first, as in vLLM; ties in order of arrival."""
     cache_salt: str = ""
     """Part of the prefix cache's root hash: requests share blocks only under the same salt."""
+    grammar: Grammar | None = None
+    progress: bool = False
+    """Report how much of the prompt is computed after each step, until the first token."""
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
@@ -54,7 +65,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     drain_seconds: float
 
 
-ToEngine = Configure | AddRequest | AbortRequests | Shutdown
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache"):
+    """Forget all cached blocks that no request refers to."""
+
+
+ToEngine = Configure | AddRequest | AbortRequests | ResetPrefixCache | Shutdown
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +81,17 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     message: str | None = None
     code: str | None = None
     """Machine word of an error, e.g. `context_length_exceeded`, `nan_logits`."""
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """How a request got to its first token."""
+
+    cached_tokens: int
+    """Prompt tokens taken from the prefix cache."""
+    queue_seconds: float
+    """From its arrival in the engine to its first step."""
+    prefill_seconds: float
+    """From its first step to its first token."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,9 +153,14 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     token_ids: list[list[int]]
     finished: dict[str, Finished]
     """By request id; a request can finish without a token in this step (abort, error)."""
-    cached_tokens: dict[str, int]
-    """Prompt tokens taken from the prefix cache, sent with a request's first token."""
+    started: dict[str, Started]
+    """By request id, with its first token."""
     stats: EngineStats
+    logprobs: dict[str, Logprobs] = {}
+    prompt_logprobs: dict[str, Logprobs] = {}
+    """By request id; of the next prompt tokens in order, each exactly once, also over a preemption."""
+    progress: dict[str, int] = {}
+    """By request id: prompt tokens computed so far, where it was asked for."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

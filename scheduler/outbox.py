@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 
+from model.batch import Logprobs
 from scheduler.messages import StepOutput
 
 MAX_PENDING_TOKENS = 1024 * 1024
-"""About 5 MiB of frame. Only a front-end that has been stopped for minutes lets so much gather."""
+"""Tokens and log-probabilities: 5 to 15 MiB of frame. Only a front-end that has been stopped for minutes lets so much
+gather."""
 
 
 class Outbox:
@@ -29,7 +31,7 @@ class Outbox:
             while self._num_tokens >= MAX_PENDING_TOKENS:
                 self._condition.wait()
             self._pending = output if self._pending is None else _merge(self._pending, output)
-            self._num_tokens += sum(map(len, output.token_ids))
+            self._num_tokens += _size(output)
             self._condition.notify_all()
 
     def take(self, timeout: float) -> StepOutput | None:
@@ -68,6 +70,26 @@ def _merge(earlier: StepOutput, later: StepOutput) -> StepOutput:
         request_ids=earlier.request_ids,
         token_ids=earlier.token_ids,
         finished=earlier.finished | later.finished,
-        cached_tokens=earlier.cached_tokens | later.cached_tokens,
+        started=earlier.started | later.started,
+        logprobs=_merge_logprobs(earlier.logprobs, later.logprobs),
+        prompt_logprobs=_merge_logprobs(earlier.prompt_logprobs, later.prompt_logprobs),
+        progress=earlier.progress | later.progress,
         stats=later.stats,
     )
+
+
+def _merge_logprobs(earlier: dict[str, Logprobs], later: dict[str, Logprobs]) -> dict[str, Logprobs]:
+    merged = earlier | later
+    for request_id in earlier.keys() & later.keys():
+        earlier[request_id].extend(later[request_id])
+        merged[request_id] = earlier[request_id]
+    return merged
+
+
+def _size(output: StepOutput) -> int:
+    """Tokens and log-probabilities of an output."""
+    size = sum(map(len, output.token_ids))
+    for column in (output.logprobs, output.prompt_logprobs):
+        for logprobs in column.values():
+            size += sum(map(len, logprobs.token_ids))
+    return size

@@ -40,6 +40,13 @@ class Request:
     """Start of the hash chain."""
     block_hashes: list[bytes]
     """Of the full blocks of `tokens`: all of the prompt's, the output's as they fill up."""
+    has_grammar: bool = False
+    progress: bool = False
+    """Say after each step how much of the prompt is computed, until the first token."""
+    arrived_at: float = 0.0
+    """Seconds on the clock of the scheduler's caller, as the next one."""
+    scheduled_at: float = 0.0
+    """Of the first admission."""
 
     num_tokens: int = 0
     """Prompt + output, with the tokens that steps in flight will sample: >= len(tokens)."""
@@ -47,6 +54,10 @@ class Request:
     """Tokens whose latents are in the cache once the steps in flight have run."""
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache at the first admission; None before it."""
+    num_prompt_tokens_done: int = 0
+    """Most of the prompt that was ever computed or found: what a resumed request computes again counts once."""
+    num_prompt_logprobs: int = 0
+    """Prompt tokens, from the second on, whose log-probabilities were delivered, where they were asked for."""
     num_registered_blocks: int = 0
     """Leading blocks of `block_table` that were offered to the prefix index, or came from it."""
     block_table: list[int] = field(default_factory=list)

@@ -1,4 +1,5 @@
 """Decides what every step computes: the only writer of request state, free of torch, clocks and randomness.
+Moments (`now`, in seconds) come from the caller, and nothing is decided by them.
 
 **The one rule.** There is no prefill phase and no decode phase. A request has `num_tokens` (prompt and
 output) and `num_computed_tokens`; every step hands out a budget of tokens so that the second catches up
@@ -10,6 +11,10 @@ will sample counts at once, so the next step can be planned before this one's to
 step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
 block enters the prefix index only then.
 
+**Fairness.** Long prompts are served one after the other, so that a later one can take the earlier one's blocks from
+the prefix cache. But a long chunk leaves room for what is short: all that running requests need of at most a quarter
+of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait.
+
 **Memory.** A request is admitted when the pool can hold every token it already has, beside what the
 running ones still need for theirs, above a watermark. When a running request needs a block and none is
 free, the newest running request is preempted: it gives its blocks back and waits, at its place in the
@@ -19,15 +24,16 @@ one, and alone it always fits: something always gets done.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter, deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from model.batch import ForwardBatch, NewRow, SampledTokens, ScheduledRow
+from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, ScheduledRow
 from scheduler.block_hash import chain_hashes, root_hash
 from scheduler.block_pool import BlockPool, InvariantError
-from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason
+from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason, Started
 from scheduler.request import Request, RequestStatus
 from scheduler.request_queue import RequestQueue
 
@@ -41,11 +47,18 @@ _NAN_LOGITS = Finished(
 class StepResult:
     """What a step gave its requests, in the columns of `messages.StepOutput`."""
 
-    request_ids: list[str]
-    token_ids: list[list[int]]
-    finished: dict[str, Finished]
+    request_ids: list[str] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
+    finished: dict[str, Finished] = field(default_factory=dict)
     """Also the terminal events of `finish` since the last take."""
-    cached_tokens: dict[str, int]
+    started: dict[str, Started] = field(default_factory=dict)
+    logprobs: dict[str, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, Logprobs] = field(default_factory=dict)
+    progress: dict[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """There is anything to tell."""
+        return bool(self.request_ids or self.finished or self.prompt_logprobs or self.progress)
 
 
 class Scheduler:
@@ -112,8 +125,18 @@ class Scheduler:
         """Requests of the steps in flight: whom to name when a step fails."""
         return list(dict.fromkeys(request.request_id for _, requests in self._steps for request in requests))
 
-    def make_request(self, message: AddRequest) -> Request:
-        """Unpack a message and hash its prompt's blocks (about 1 us a block).
+    @property
+    def grammar_rows(self) -> list[tuple[int, str]]:
+        """(row, request id) of the newest step's rows that sample under a grammar: they need a bitmask."""
+        batch, requests = self._steps[-1]
+        return [
+            (row.row, request.request_id)
+            for row, request in zip(batch.rows, requests, strict=True)
+            if request.has_grammar and row.sample
+        ]
+
+    def make_request(self, message: AddRequest, now: float = 0.0) -> Request:
+        """Unpack a message that arrived at `now` and hash its prompt's blocks (about 1 us a block).
 
         Reads only what never changes after construction, so any thread may call it. Raises ValueError if
         the prompt is not a whole number of uint32.
@@ -133,6 +156,9 @@ class Scheduler:
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
             root=root,
             block_hashes=chain_hashes(root, tokens, self.block_size) if self._prefix_cache else [],
+            has_grammar=message.grammar is not None,
+            progress=message.progress,
+            arrived_at=now,
         )
 
     def add(self, request: Request) -> Finished | None:
@@ -167,22 +193,37 @@ class Scheduler:
         finished, self._finished = self._finished, {}
         return finished
 
-    def schedule(self) -> ForwardBatch | None:
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed so far is found any more; running requests keep their blocks."""
+        self.pool.reset_cache()
+
+    def schedule(self, now: float = 0.0) -> ForwardBatch | None:
         """The next step, or None if there is nothing to compute (now: with steps in flight, `update` first)."""
         budget = self.max_num_batched_tokens
+        short = max(1, budget // 4)
+        needs = [self._need(request) for request in self._running]
+        reserved = sum([need for need in needs if need <= short])
+        if needs and max(needs) > short:
+            reserved += self._waiting_share(short, (budget - reserved) // 2)
+        least = 1  # the first long chunk always gets on
         rows: list[ScheduledRow] = []
         requests: list[Request] = []
         # Oldest first. Preemption takes from the end of the same order, so it never hits a request that
         # this step has already been given to.
-        for request in self._running:
-            row = self._assign(request, budget)
+        for request, need in zip(self._running, needs, strict=False):
+            if need <= short:
+                reserved -= need
+                row = self._assign(request, budget)
+            else:
+                row = self._assign(request, max(budget - reserved, least))
+                least = 0
             if row is not None:
                 rows.append(row)
                 requests.append(request)
                 budget -= row.num_tokens
                 if not budget:
                     break
-        new_rows = self._admit(budget, rows, requests)
+        new_rows = self._admit(budget, rows, requests, now)
         if not rows:
             return None
         batch = ForwardBatch(self._num_scheduled_steps, rows, new_rows, self._released_rows)
@@ -191,7 +232,7 @@ class Scheduler:
         self._steps.append((batch, requests))
         return batch
 
-    def update(self, sampled: SampledTokens) -> StepResult:
+    def update(self, sampled: SampledTokens, now: float = 0.0) -> StepResult:
         """Process the outcome of the oldest step in flight. Raises ValueError if it is another step's."""
         batch, requests = self._steps[0] if self._steps else (None, [])
         if batch is None or sampled.step != batch.step or sampled.rows != [r.row for r in batch.rows if r.sample]:
@@ -199,12 +240,13 @@ class Scheduler:
         self._steps.popleft()
         running, ended = RequestStatus.RUNNING, RequestStatus.FINISHED
         block_size = self.block_size
-        result = StepResult([], [], {}, {})
+        result = StepResult()
         token_ids = iter(sampled.token_ids)
         for row, request in zip(batch.rows, requests, strict=True):
             request.steps_in_flight -= 1
             token_id = next(token_ids) if row.sample else None
-            if token_id == -1:
+            prompt_logprobs = sampled.prompt_logprobs.get(row.row)
+            if token_id == -1 or (prompt_logprobs is not None and _has_nan(prompt_logprobs)):
                 # The latents may be as broken as the logits: no other request may meet them.
                 self.pool.forget(request.block_table)
                 if request.status is not ended:
@@ -214,9 +256,11 @@ class Scheduler:
                 if end // block_size > request.num_registered_blocks:
                     self._register(request, end // block_size)
                 if row.start < request.num_prompt_tokens:
-                    self._prompt_tokens += min(end, request.num_prompt_tokens) - row.start
+                    self._advance(request, row, prompt_logprobs, result)
                 if token_id is not None:
-                    self._append(request, token_id, result)
+                    if (logprobs := sampled.logprobs.get(row.row)) is not None:
+                        result.logprobs[request.request_id] = logprobs
+                    self._append(request, token_id, result, now)
             if request.status is not running:
                 self._give_back(request)
         self._num_steps += 1
@@ -244,15 +288,19 @@ class Scheduler:
             unknown_ids=self._unknown_ids,
         )
 
+    def _need(self, request: Request) -> int:
+        """Tokens that a running request has and are not computed."""
+        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request.
+        return request.num_tokens - request.num_computed_tokens if request.num_tokens < request.max_num_tokens else 0
+
     def _assign(self, request: Request, budget: int) -> ScheduledRow | None:
         """The one rule: let `num_computed_tokens` catch up with `num_tokens` within the budget.
 
         None if there is nothing to catch up with, or if there are no blocks for it.
         """
         start = request.num_computed_tokens
-        num_tokens = min(request.num_tokens - start, budget)
-        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request.
-        if num_tokens <= 0 or request.num_tokens >= request.max_num_tokens:
+        num_tokens = min(self._need(request), budget)
+        if num_tokens <= 0:
             return None
         end = start + num_tokens
         new_blocks: list[int] = []
@@ -281,22 +329,54 @@ class Scheduler:
                 return None
         return blocks
 
-    def _admit(self, budget: int, rows: list[ScheduledRow], requests: list[Request]) -> list[NewRow]:
+    def _find_hit(self, request: Request) -> list[int]:
+        """Cached blocks that a request not running could start with."""
+        # At least one token must be computed to have logits: a hit covers num_tokens - 1 at most. And a prompt token's
+        # log-probability comes from computing the token before it.
+        limit = request.num_tokens - 1
+        if request.params.prompt_logprobs is not None and request.num_prompt_logprobs < request.num_prompt_tokens - 1:
+            limit = min(limit, request.num_prompt_logprobs)
+        return self.pool.match(request.block_hashes[: limit // self.block_size])
+
+    def _num_new_blocks(self, request: Request, hit: list[int]) -> int:
+        """Free blocks that an admission takes."""
+        return self._num_blocks(request.num_tokens) - len(hit) + self.pool.count_free(hit)
+
+    def _spare_blocks(self) -> int:
+        """Free blocks that no running request needs for the tokens it has.
+
+        One that reached a block's end takes a new block in the next step, and would take it from a request admitted
+        now. That one in turn is counted with all its tokens, not its next chunk's, or it would be preempted half-way.
+        """
+        return self.pool.free_count - sum(self._num_blocks(r.num_tokens) - len(r.block_table) for r in self._running)
+
+    def _waiting_share(self, short: int, most: int) -> int:
+        """Tokens, up to `most`, that the first waiting requests need, as far as they are short and can be admitted."""
+        share = 0
+        spare = self._spare_blocks() - self._watermark
+        for request, _ in zip(self._waiting, self._free_rows, strict=False):
+            if request.row is not None or share >= most:
+                break
+            hit = self._find_hit(request)
+            spare -= self._num_new_blocks(request, hit)
+            need = request.num_tokens - len(hit) * self.block_size
+            if need > short or spare < 0:
+                break
+            share += need
+        return min(share, most)
+
+    def _admit(self, budget: int, rows: list[ScheduledRow], requests: list[Request], now: float) -> list[NewRow]:
         """Bind waiting requests to rows, strictly in order, as far as budget, rows and blocks go."""
         new_rows: list[NewRow] = []
         if not (budget and self._waiting and self._free_rows):
             return new_rows
-        # Blocks that no running request needs for the tokens it has: one that reached a block's end takes a
-        # new block in the next step, and would take it from the request admitted now. That one in turn is
-        # counted with all its tokens, not its next chunk's, or it would be preempted half-way.
-        spare = self.pool.free_count - sum(self._num_blocks(r.num_tokens) - len(r.block_table) for r in self._running)
+        spare = self._spare_blocks()
         while budget and self._waiting and self._free_rows:
             request = self._waiting[0]
             if request.row is not None:
                 break  # preempted, and its last step is still in flight
-            # At least one token must be computed to have logits: a hit covers num_tokens - 1 at most.
-            hit = self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.block_size])
-            needed = self._num_blocks(request.num_tokens) - len(hit) + self.pool.count_free(hit)
+            hit = self._find_hit(request)
+            needed = self._num_new_blocks(request, hit)
             if spare < needed + (self._watermark if self._running else 0):
                 break
             spare -= needed
@@ -311,8 +391,11 @@ class Scheduler:
             request.num_computed_tokens = len(hit) * self.block_size
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
+                request.scheduled_at = now
                 self._prefix_queries += request.num_prompt_tokens
                 self._prefix_hits += request.num_cached_tokens
+            found = min(request.num_computed_tokens, request.num_prompt_tokens)
+            request.num_prompt_tokens_done = max(request.num_prompt_tokens_done, found)
             new_rows.append(NewRow(request.row, request.tokens[:], request.num_prompt_tokens, request.params, hit[:]))
             row = self._assign(request, budget)
             assert row is not None  # the blocks were counted above
@@ -321,10 +404,33 @@ class Scheduler:
             budget -= row.num_tokens
         return new_rows
 
-    def _append(self, request: Request, token_id: int, result: StepResult) -> None:
+    def _advance(
+        self, request: Request, row: ScheduledRow, prompt_logprobs: Logprobs | None, result: StepResult
+    ) -> None:
+        """Tell what a step did for a prompt; what a resumed request does again was told and counted before."""
+        done = min(row.start + row.num_tokens, request.num_prompt_tokens)
+        if done > request.num_prompt_tokens_done:
+            self._prompt_tokens += done - request.num_prompt_tokens_done
+            request.num_prompt_tokens_done = done
+            if request.progress and not row.sample:
+                result.progress[request.request_id] = done
+        if prompt_logprobs is None:
+            return
+        known = request.num_prompt_logprobs - row.start
+        if known:
+            prompt_logprobs = Logprobs(prompt_logprobs.token_ids[known:], prompt_logprobs.logprobs[known:])
+        if prompt_logprobs.token_ids:
+            request.num_prompt_logprobs += len(prompt_logprobs.token_ids)
+            result.prompt_logprobs[request.request_id] = prompt_logprobs
+
+    def _append(self, request: Request, token_id: int, result: StepResult, now: float) -> None:
         """Give a sampled token to its request, and see whether it was the last one."""
         if len(request.tokens) == request.num_prompt_tokens:
-            result.cached_tokens[request.request_id] = request.num_cached_tokens or 0
+            result.started[request.request_id] = Started(
+                cached_tokens=request.num_cached_tokens or 0,
+                queue_seconds=request.scheduled_at - request.arrived_at,
+                prefill_seconds=now - request.scheduled_at,
+            )
         request.tokens.append(token_id)
         result.request_ids.append(request.request_id)
         result.token_ids.append([token_id])
@@ -433,6 +539,11 @@ class Scheduler:
         broken = [name for name, holds in claims.items() if not holds]
         if broken:
             raise InvariantError(f"scheduler: {'; '.join(broken)}")
+
+
+def _has_nan(logprobs: Logprobs) -> bool:
+    """Of a position whose logits are not finite all log-probabilities are NaN."""
+    return any(math.isnan(values[0]) for values in logprobs.logprobs)
 
 
 def _rejected(code: str, message: str) -> Finished:

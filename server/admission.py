@@ -17,15 +17,16 @@ _DECAY = 0.95
 
 
 class Ticket:
-    """One reserved place: a context manager that gives it back once, whatever happened."""
+    """Reserved places: a context manager that gives them back once, whatever happened."""
 
-    def __init__(self, gate: AdmissionGate) -> None:
+    def __init__(self, gate: AdmissionGate, count: int) -> None:
         self._gate: AdmissionGate | None = gate
+        self._count = count
 
     def release(self) -> None:
         gate, self._gate = self._gate, None
         if gate is not None:
-            gate.release()
+            gate.release(self._count)
 
     def __enter__(self) -> Ticket:
         return self
@@ -53,23 +54,24 @@ class AdmissionGate:
         self._release_seconds = 0.0
         self._last_release: float | None = None
 
-    def reserve(self) -> Ticket:
-        """Take a place, or raise Overloaded with Retry-After."""
-        if self.open_requests >= self.max_open_requests:
+    def reserve(self, count: int = 1) -> Ticket:
+        """Take places, one for each choice of an answer, or raise Overloaded with Retry-After."""
+        if self.open_requests + count > self.max_open_requests:
             raise Overloaded(
                 f"The server has {self.max_open_requests} open requests, which is its limit. Please retry later.",
                 retry_after=self.retry_after(),
             )
-        self.open_requests += 1
-        return Ticket(self)
+        self.open_requests += count
+        return Ticket(self, count)
 
-    def release(self) -> None:
+    def release(self, count: int) -> None:
         """Called by Ticket only."""
-        self.open_requests -= 1
+        was_full = self.open_requests >= self.max_open_requests
+        self.open_requests -= count
         now = self._clock()
         # A pause in which the server was not full says nothing about how fast places become free.
-        if self._last_release is not None and self.open_requests + 1 >= self.max_open_requests:
-            self._releases = _DECAY * self._releases + 1
+        if self._last_release is not None and was_full:
+            self._releases = _DECAY * self._releases + count
             self._release_seconds = _DECAY * self._release_seconds + (now - self._last_release)
         self._last_release = now
 

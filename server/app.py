@@ -14,16 +14,26 @@ from model.config import load_generation_defaults
 from scheduler.messages import EngineStats
 from server import openapi
 from server.admission import AdmissionGate
+from server.chat import ChatService
 from server.chat_template import load_chat_template
 from server.engine_client import EngineClient
 from server.errors import ApiError, handle_error
 from server.generation import Generator
+from server.grammar_check import GrammarChecker
 from server.metrics import Metrics
 from server.middleware import BodyMiddleware, DoorMiddleware, RequestMiddleware, is_loopback
+from server.open_requests import OpenRequests
+from server.routes.admin import admin_router
+from server.routes.aliases import with_aliases
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.info import info_router
+from server.routes.messages import messages_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
+from server.routes.responses import responses_router
+from server.routes.tokenize import tokenize_router
+from server.routes.web import web_router
 from server.served import ServedModel
 from server.settings import Settings
 from server.tokenizer import Tokenizer
@@ -46,11 +56,14 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
         gate.observe(stats)
 
     engine.on_stats = observe
+    open_requests = OpenRequests()
     generator = Generator(
         engine=engine,
         tokenizer=tokenizer,
         gate=gate,
+        grammars=GrammarChecker(settings.model / "tokenizer.json"),
         metrics=metrics,
+        open_requests=open_requests,
         defaults=load_generation_defaults(settings.model),
         seeds=SystemRandom() if settings.seed is None else Random(settings.seed),
     )
@@ -63,7 +76,7 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
         redirect_slashes=False,
         middleware=[
             Middleware(RequestMiddleware, metrics=metrics),
-            Middleware(DoorMiddleware, api_keys=settings.api_key, host=settings.host),
+            Middleware(DoorMiddleware, api_keys=settings.api_key, admin_key=settings.admin_key, host=settings.host),
             Middleware(BodyMiddleware),
         ],
         exception_handlers={
@@ -72,9 +85,20 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
             RequestValidationError: handle_error,
         },
     )
-    app.include_router(chat_router(generator, template, served))
-    app.include_router(completions_router(generator, served))
-    app.include_router(models_router(served))
-    app.include_router(operations_router(generator, metrics, app.version))
+    app.state.strict = settings.strict
+    service = ChatService(generator, template)
+    routers = (
+        chat_router(generator, service, served),
+        completions_router(generator, served),
+        responses_router(service, tokenizer, served),
+        models_router(served),
+        tokenize_router(generator, gate, service, served),
+        admin_router(generator, open_requests, has_admin_key=settings.admin_key is not None),
+        info_router(engine, gate, served, settings, app.version),
+        operations_router(generator, metrics, app.version),
+        web_router(),
+    )
+    app.include_router(with_aliases(routers))
+    app.include_router(messages_router(service, generator, gate, served))
     openapi.install(app)
     return app

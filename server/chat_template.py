@@ -21,9 +21,12 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 from server.tokenizer import Segment, Tokenizer
+from server.tool_prompt import as_text, native_template, results_in_order
+from server.tool_syntax import ToolSyntax, detect_syntax
 
 Message = Mapping[str, Any]
 
@@ -50,12 +53,21 @@ class ChatTemplate:
     """One compiled template. Rendering is pure: the same messages give the same prompt (but for `strftime_now`).
 
     `source`: Jinja text as in `tokenizer_config.json`. `control_tokens`: the texts that the tokenizer turns into
-    one token each. Raises `TemplateError` when the source does not compile.
+    one token each. `syntax`: how the model writes tool calls; with it, conversations with tools are rendered by
+    `server/tool_prompt.py` unless the template knows `tools` itself. Raises `TemplateError` when the source does not
+    compile.
     """
 
     def __init__(
-        self, source: str, *, bos_token: str | None, eos_token: str | None, control_tokens: Sequence[str]
+        self,
+        source: str,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        control_tokens: Sequence[str],
+        syntax: ToolSyntax | None = None,
     ) -> None:
+        self.syntax = syntax
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
         self._control = _ControlTokens(control_tokens)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -66,12 +78,14 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         try:
             self._template = environment.from_string(source)
+            self._knows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"chat template, line {error.lineno}: {error.message}") from error
         self._drops_tool_messages = self._probe_tool_messages()
         self.strip_leading_space = self._probe_leading_space()
         """The generation prompt ends in plain text ("Assistant:"), so the model's answer begins with a space
         that belongs to the format: a chat answer should drop that one space."""
+        self._with_tools = self._for_tools(source, bos_token, eos_token, control_tokens)
 
     def render(
         self,
@@ -89,6 +103,14 @@ class ChatTemplate:
         if not messages:
             raise TemplateError("messages must not be empty")
         plain = [_normalise(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in plain):
+            plain = [dict(message) for message in results_in_order(plain)]
+            if self._with_tools is not None:
+                return self._with_tools.render(
+                    plain, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+                )
+            if self.syntax is not None and not self._knows_tools:
+                plain, tools = as_text(plain, tools), None
         if self._drops_tool_messages and any(message["role"] == "tool" for message in plain):
             raise TemplateError("the chat template of this model has no place for messages with role 'tool'")
         context = {
@@ -107,6 +129,22 @@ class ChatTemplate:
             raise TemplateError("messages contain control-token texts together with every Unicode noncharacter")
         marked = self._render(_map_strings(context, lambda text: self._control.mark(text, marker)), limit)
         return Prompt(marked.replace(marker, ""), tuple(self._control.segments(marked, marker)))
+
+    def _for_tools(
+        self, source: str, bos_token: str | None, eos_token: str | None, control_tokens: Sequence[str]
+    ) -> ChatTemplate | None:
+        """The template for conversations with tools, where another one is needed and known."""
+        if self.syntax is None or self._knows_tools:
+            return None
+        try:
+            prompt = self.render([{"role": "user", "content": "x"}]).text
+        except TemplateError:
+            return None
+        opening = prompt.rpartition("<｜Assistant｜>")[2] if "<｜Assistant｜>" in prompt else ""
+        native = native_template(self.syntax, opening, drop_thoughts="</think>" in source)
+        if native is None:
+            return None
+        return ChatTemplate(native, bos_token=bos_token, eos_token=eos_token, control_tokens=control_tokens)
 
     def _render(self, context: Mapping[str, Any], limit: int) -> str:
         pieces: list[str] = []
@@ -156,6 +194,7 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         control_tokens=tokenizer.added_tokens,
+        syntax=detect_syntax(tokenizer, tokenizer.chat_template),
     )
 
 

@@ -170,6 +170,8 @@ def _config_text(settings: Settings) -> str:
             lines.append(f"# {name}: default")
         elif name == "api_key":
             lines.append(f"# {name}: {len(settings.api_key)} set, not shown")
+        elif name == "admin_key":
+            lines.append(f"# {name}: set, not shown")
         else:
             lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
     lines += ["", "# Limits of one request (fixed):"]

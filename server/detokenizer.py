@@ -7,7 +7,7 @@ grouped into `push` calls, all returned pieces together are the same text.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
@@ -25,6 +25,7 @@ class Detokenizer:
 
     A stop string matches on text, across tokens. The match that ends first wins; of those that end at the same
     character, the longest. Text is held back only while it is the beginning of a stop string.
+    `shown`: special tokens that are text all the same, as marks that somebody looks for.
     """
 
     def __init__(
@@ -34,10 +35,15 @@ class Detokenizer:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        shown: Collection[int] = (),
+        min_tokens: int = 0,
     ) -> None:
+        """Text of the first `min_tokens` tokens is no part of a stop string."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._include_stop = include_stop
+        self._shown = frozenset(shown)
+        self._min_tokens = min_tokens
         self._utf8 = _utf8_decoder("replace")
         self._stops = _StopAutomaton(stop) if stop else None
         self._state = 0
@@ -59,7 +65,8 @@ class Detokenizer:
             if self.stopped is not None:
                 break
             self.num_tokens += 1
-            text += self._scan(self._utf8.decode(self._bytes(token_id)))
+            new = self._utf8.decode(self._bytes(token_id))
+            text += new if self.num_tokens < self._min_tokens else self._scan(new)
         return text
 
     def finish(self) -> str:
@@ -69,7 +76,7 @@ class Detokenizer:
         return text
 
     def _bytes(self, token_id: int) -> bytes:
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+        if self._skip_special_tokens and token_id not in self._shown and self._tokenizer.is_special(token_id):
             return b""
         return self._tokenizer.token_bytes(token_id)
 

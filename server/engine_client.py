@@ -27,6 +27,7 @@ from scheduler.messages import (
     FinishReason,
     FromEngine,
     Heartbeat,
+    ResetPrefixCache,
     Shutdown,
     StepOutput,
 )
@@ -180,6 +181,15 @@ class EngineClient:
         stream.push([], finished=Finished(reason=FinishReason.ABORT))
         self._channel.send(AbortRequests([request_id]))
 
+    def reset_prefix_cache(self) -> None:
+        """Tell the engine to forget what it has cached: requests submitted from now on find nothing older.
+
+        `EngineUnavailable` unless READY.
+        """
+        if self.state is not EngineState.READY or self._channel is None:
+            raise EngineUnavailable(self.failure or f"the engine is {self.state}")
+        self._channel.send(ResetPrefixCache())
+
     async def shutdown(self, drain_seconds: float) -> None:
         """Refuse new requests, let the open ones run for at most `drain_seconds`, return when the process is gone.
 
@@ -217,15 +227,25 @@ class EngineClient:
     def _dispatch(self, output: StepOutput) -> None:
         """Hand the columns of a step to their streams. No code of a stream's reader runs in between."""
         streams = self._streams
+        # What comes before a request's first token, then what comes with each token, then the end.
+        for request_id, progress in output.progress.items():
+            if (stream := streams.get(request_id)) is not None:
+                stream.push([], progress=progress)
+        for request_id, prompt_logprobs in output.prompt_logprobs.items():
+            if (stream := streams.get(request_id)) is not None:
+                stream.push([], prompt_logprobs=prompt_logprobs)
+        for request_id, started in output.started.items():
+            if (stream := streams.get(request_id)) is not None:
+                stream.push([], started=started)
+        for request_id, logprobs in output.logprobs.items():
+            if (stream := streams.get(request_id)) is not None:
+                stream.push([], logprobs=logprobs)
         for request_id, token_ids in zip(output.request_ids, output.token_ids, strict=True):
             stream = streams.get(request_id)
             if stream is None:
                 self.unknown_ids += 1
             else:
                 stream.push(token_ids)
-        for request_id, cached_tokens in output.cached_tokens.items():
-            if (stream := streams.get(request_id)) is not None:
-                stream.push([], cached_tokens=cached_tokens)
         for request_id, finished in output.finished.items():
             if (stream := streams.pop(request_id, None)) is not None:
                 stream.push([], finished=finished)

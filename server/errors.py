@@ -10,16 +10,19 @@
     │   └── ModelNotFound
     ├── MethodNotAllowed 405
     ├── RequestTimeout 408          the body came too slowly
+    ├── DeadlineExceeded 408        the request's own `timeout` has passed
     ├── PayloadTooLarge 413
     ├── UnsupportedMediaType 415
     ├── HeadersTooLarge 431
     ├── ClientDisconnected 499      only in the log and the metrics: nobody reads the answer
+    ├── Cancelled 499               by its client, with POST /v1/requests/{id}/cancel
     ├── InternalError 500           fixed text, the cause is in the log under the request id
     └── Unavailable 503             starting, draining or down, with Retry-After
         └── Overloaded              the bound on open requests is reached
 
 The envelope is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four keys, `code` a
-string or null. Messages name fields and bounds and never repeat what the client sent beyond a model
+string or null. Under /v1/messages it is Anthropic's: `{"type": "error", "error": {"type", "message"}}` with
+its own type words. Messages name fields and bounds and never repeat what the client sent beyond a model
 name, so they stay short and nothing of a prompt gets into a log.
 """
 
@@ -38,7 +41,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from scheduler.messages import Finished, FinishReason
-from server.schemas.error import Error, ErrorResponse
+from server.schemas.error import AnthropicError, AnthropicErrorResponse, Error, ErrorResponse
 
 MAX_MESSAGE = 1024
 """Characters of an error message that are sent."""
@@ -121,6 +124,18 @@ class RequestTimeout(ApiError):
         return {"Connection": "close"}
 
 
+class DeadlineExceeded(ApiError):
+    status = 408
+    code = "timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The answer was not complete within the request's 'timeout'.", param="timeout")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}  # else OpenAI's SDKs send the request again, twice
+
+
 class PayloadTooLarge(ApiError):
     status = 413
 
@@ -148,6 +163,14 @@ class ClientDisconnected(ApiError):
         super().__init__("The client closed the connection.")
 
 
+class Cancelled(ApiError):
+    status = 499
+    code = "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("The request was cancelled.")
+
+
 class InternalError(ApiError):
     status = 500
     type = "server_error"
@@ -163,13 +186,42 @@ class Overloaded(Unavailable):
     code = "server_overloaded"
 
 
-def error_response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: ApiError, request_id: str) -> AnthropicErrorResponse:
+    """`error` in Anthropic's envelope."""
+    word = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return AnthropicErrorResponse(error=AnthropicError(type=word, message=error.message), request_id=request_id)
+
+
+def speaks_anthropic(path: str) -> bool:
+    """Whether clients of `path` expect Anthropic's envelope and headers."""
+    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
+
+
+def error_response(error: ApiError, path: str, request_id: str) -> Response:
+    """The answer in the envelope that clients of `path` read."""
+    if speaks_anthropic(path):
+        body = msgspec.json.encode(anthropic_error(error, request_id))
+    else:
+        body = error.body()
+    return Response(body, error.status, headers=error.headers, media_type="application/json")
 
 
 async def handle_error(request: Request, exc: Exception) -> Response:
     """Starlette's exception handler for every exception that is an answer."""
-    return error_response(as_api_error(exc, request.scope["state"]["record"].request_id))
+    request_id = request.scope["state"]["record"].request_id
+    return error_response(as_api_error(exc, request_id), request.scope["path"], request_id)
 
 
 def as_api_error(exc: Exception, request_id: str) -> ApiError:

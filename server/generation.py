@@ -1,31 +1,40 @@
-"""One sequence from prompt to text: reserve, tokenize, submit, detokenize, stop, and give everything back."""
+"""One answer from its prompts to its text: reserve, tokenize, submit, merge the choices, and give everything back."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from random import Random
 
+import msgspec
+
+from model.batch import SamplingParams
 from model.config import GenerationDefaults
-from scheduler.messages import AddRequest, EngineReady, Finished, FinishReason
+from scheduler.messages import AddRequest, EngineReady, Grammar
+from server import limits
 from server.admission import AdmissionGate
-from server.detokenizer import Detokenizer
 from server.engine_client import EngineClient, EngineState, EngineUnavailable
-from server.errors import Overloaded, Unavailable, finished_error
+from server.errors import BadRequest, Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from server.events import ChoiceEvent
+from server.grammar_check import GrammarChecker
+from server.merge import MergedStreams
 from server.metrics import Metrics
+from server.open_requests import OpenRequests
 from server.record import RequestRecord
-from server.sampling import fit_max_tokens, prompt_too_long, sampling_params
+from server.sampling import check_fields, fit_max_tokens, prompt_too_long, sampling_params
 from server.schemas.sampling import SamplingFields
-from server.schemas.usage import FinishReason as FinishWord
-from server.streams import Delta, RequestStream
+from server.sequence import Sequence as OpenSequence
+from server.structured import grammar_param
 from server.tokenizer import Tokenizer
 
 SILENCE_SECONDS = 10.0
-"""A request without a token for so long gives an `Output` without one, so that its response can start."""
+"""A request without a token for so long gives an event without one, so that its response can start."""
+
+Encode = Callable[[int], Awaitable["array[int]"]]
+"""Token ids of a prompt, given the model's window; raises ApiError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +43,24 @@ class Job:
 
     request_id: str
     fields: SamplingFields
-    encode: Callable[[int], Awaitable[array[int]]]
-    """Token ids of the prompt, given the model's window; raises ApiError."""
+    prompts: Sequence[Encode]
     param: str
     """The field errors about the prompt name: `messages` or `prompt`."""
     default_max_tokens: int | None = None
     """None: as many as fit."""
     strip_leading_space: bool = False
     """The answer's first space belongs to the chat format."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """The newest piece of an answer; the counts are totals."""
-
-    text: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    finish_reason: FinishWord | None = None
-    """`stop` or `length` in the last one and in no other."""
-    stop_reason: str | int | None = None
-    """The stop text, or the id of `stop_token_ids`, that ended the answer."""
+    logprobs: int | None = None
+    """Log-probabilities of each token and so many likely ones."""
+    prompt_logprobs: bool = False
+    """Those of the prompt too."""
+    grammar: Grammar | None = None
+    shown: tuple[int, ...] = ()
+    """Special tokens that are part of the text, for a parser to find."""
 
 
 class Generator:
-    """Turns jobs into streams of outputs with the engine, the tokenizer and the gate it was given."""
+    """Turns jobs into streams of events with the engine, the tokenizer and the gate it was given."""
 
     def __init__(
         self,
@@ -67,14 +68,18 @@ class Generator:
         engine: EngineClient,
         tokenizer: Tokenizer,
         gate: AdmissionGate,
+        grammars: GrammarChecker,
         metrics: Metrics,
+        open_requests: OpenRequests,
         defaults: GenerationDefaults,
         seeds: Random,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self._gate = gate
+        self._grammars = grammars
         self._metrics = metrics
+        self._open_requests = open_requests
         self._defaults = defaults
         self._seeds = seeds
 
@@ -90,161 +95,202 @@ class Generator:
                 raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
         raise Unavailable("The engine is not running.", code="engine_down", retry_after=10)
 
-    async def generate(self, job: Job, record: RequestRecord) -> AsyncGenerator[Output, None]:
-        """The outputs of one sequence. However it is left (end, error, cancellation, close), the place at the door is
-        given back and the engine forgets the request.
+    async def generate(self, job: Job, record: RequestRecord) -> AsyncGenerator[ChoiceEvent, None]:
+        """The events of all choices: `n` for each prompt, numbered prompt by prompt.
+
+        However it is left (end, error, cancellation, close), the places at the door are given back and the engine
+        forgets every sequence of it.
         """
         arrival = time.monotonic()
+        fields = job.fields
+        check_fields(fields, job.default_max_tokens)
+        count = len(job.prompts) * fields.choices
+        if count > limits.SEQUENCES.maximum:
+            raise BadRequest(f"n x prompts must be {limits.SEQUENCES.maximum:.0f} at most, not {count}.", param="n")
+        if count > self._gate.max_open_requests:
+            raise BadRequest(f"This server runs {self._gate.max_open_requests} choices at once at most.", param="n")
         try:
             ready = self.require_ready()
-            ticket = self._gate.reserve()
+            ticket = self._gate.reserve(count)
         except Unavailable as error:
             self._metrics.on_rejection("open_requests" if isinstance(error, Overloaded) else "not_ready")
             raise
-        answer = _Answer(job, self.tokenizer, self._metrics, record, arrival)
-        submitted = False
+        record.response_id = job.request_id
+        answer = _Answer(self, job, record, arrival)
         try:
-            request = await self._prepare(job, ready)
-            try:
-                stream = self.engine.submit(request)
-            except EngineUnavailable:
-                self.require_ready()
-                raise
-            submitted = True
-            answer.on_submit(len(request.prompt) // 4, request.params.max_tokens)
-            output: Output | None = None
-            while output is None or output.finish_reason is None:
-                try:
-                    # No timer once tokens flow: they come every few milliseconds, or the engine is gone and the stream
-                    # ends.
-                    delta = await (anext(stream) if answer.completion_tokens else _patiently(stream))
-                except TimeoutError:
-                    yield answer.output("")
-                else:
-                    output = answer.push(delta)
-                    yield output
+            with self._open_requests.track(record, answer.cancel):
+                prompts, params = await self._prepare(job, ready, answer.time_left)
+                answer.check_cancelled()
+                for number, prompt in enumerate(prompts):
+                    answer.submit(number * fields.choices, prompt, params[number])
+                while answer.is_open:
+                    for event in await answer.read():
+                        yield event
         finally:
             ticket.release()
-            if submitted:
-                self.engine.abort(job.request_id)
-                answer.on_end()
+            answer.abort()
+            await answer.close()
 
-    async def _prepare(self, job: Job, ready: EngineReady) -> AddRequest:
-        fields = job.fields
-        prompt = await job.encode(ready.max_model_len)
-        max_tokens = fit_max_tokens(
-            len(prompt), fields.token_limit, job.default_max_tokens, ready.max_model_len, job.param
-        )
-        params = sampling_params(
-            fields, self._defaults, max_tokens=max_tokens, vocab_size=ready.vocab_size, seeds=self._seeds
-        )
-        return AddRequest(
-            request_id=job.request_id,
+    async def _prepare(
+        self, job: Job, ready: EngineReady, seconds: float | None
+    ) -> tuple[list[array[int]], list[SamplingParams]]:
+        """The prompts and the parameters of each one's first choice. Raises DeadlineExceeded after so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                if job.grammar is not None:
+                    await self._grammars.check(job.grammar, grammar_param(job.fields))
+                prompts = [await encode(ready.max_model_len) for encode in job.prompts]
+                return prompts, await self._params(job, ready, prompts)
+        except TimeoutError:
+            raise DeadlineExceeded from None
+
+    async def _params(self, job: Job, ready: EngineReady, prompts: list[array[int]]) -> list[SamplingParams]:
+        bad_words = await self._bad_words(job.fields.bad_words or ())
+        return [
+            sampling_params(
+                job.fields,
+                self._defaults,
+                max_tokens=fit_max_tokens(
+                    len(prompt), job.fields.token_limit, job.default_max_tokens, ready.max_model_len, job.param
+                ),
+                vocab_size=ready.vocab_size,
+                seeds=self._seeds,
+                bad_words=bad_words,
+                logprobs=job.logprobs,
+                prompt_logprobs=(job.logprobs or 0) if job.prompt_logprobs else None,
+            )
+            for prompt in prompts
+        ]
+
+    async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each as it is cut at the beginning of a text and behind a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                found[tuple(await self.tokenizer.encode(text, add_special_tokens=False))] = None
+        return tuple(ids for ids in found if ids)
+
+
+class _Answer:
+    """The open sequences of one job."""
+
+    def __init__(self, generator: Generator, job: Job, record: RequestRecord, arrival: float) -> None:
+        self._generator = generator
+        self._job = job
+        self._record = record
+        self._arrival = arrival
+        self._sequences: dict[int, OpenSequence] = {}
+        self._streams = MergedStreams()
+        self._has_tokens = False
+
+    @property
+    def is_open(self) -> bool:
+        return len(self._streams) > 0
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds; None without a deadline."""
+        timeout = self._job.fields.timeout
+        return None if timeout is None else self._arrival + timeout - time.monotonic()
+
+    def submit(self, index: int, prompt: array[int], params: SamplingParams) -> None:
+        generator, job, fields = self._generator, self._job, self._job.fields
+        is_only = fields.choices * len(job.prompts) == 1
+        request = AddRequest(
+            request_id=job.request_id if is_only else f"{job.request_id}-{index}",
             prompt=prompt.tobytes(),
             params=params,
             priority=fields.priority or 0,
             cache_salt=fields.cache_salt or "",
+            grammar=job.grammar,
+            progress=fields.wants_progress,
+        )
+        try:
+            stream = generator.engine.submit(request)
+        except EngineUnavailable:
+            generator.require_ready()
+            raise
+        self._streams.add(index, stream)
+        if index % fields.choices == 0:
+            self._record.prompt_tokens += len(prompt)
+        self._sequences[index] = OpenSequence(
+            index,
+            request,
+            prompt,
+            fields,
+            generator.tokenizer,
+            generator._metrics,
+            self._record,
+            self._arrival,
+            strip_leading_space=job.strip_leading_space,
+            shown=job.shown,
         )
 
+    async def read(self) -> list[ChoiceEvent]:
+        """The events of what has arrived; after a silence one that says nothing. Raises DeadlineExceeded."""
+        left = self.time_left
+        # No timer once tokens flow: they come every few milliseconds, or the engine is gone and the stream ends.
+        silence = None if self._has_tokens else SILENCE_SECONDS
+        timeout = min((each for each in (left, silence) if each is not None), default=None)
+        try:
+            deltas = await self._streams.next(timeout if timeout is None else max(timeout, 0.0))
+        except TimeoutError:
+            if left is not None and left == timeout:
+                raise DeadlineExceeded from None
+            self.check_cancelled()
+            sequence = next(iter(self._sequences.values()))
+            return [ChoiceEvent(sequence.index, sequence.counts)]
+        self.check_cancelled()
+        events = []
+        for index, delta in deltas:
+            sequence = self._sequences[index]
+            event = sequence.push(delta)
+            if event.prompt is not None:
+                self._has_tokens = True
+                self._submit_siblings(sequence)
+            if event.finish_reason is not None:
+                self._streams.remove(index)
+                self._end(sequence)
+            if event.token_ids or event.finish_reason is not None or event.progress is not None:
+                events.append(event)
+        return events
 
-class _Answer:
-    """The text of one sequence and its counts, for its outputs, the metrics and the log."""
-
-    def __init__(self, job: Job, tokenizer: Tokenizer, metrics: Metrics, record: RequestRecord, arrival: float) -> None:
-        self.completion_tokens = 0
-        self._fields = fields = job.fields
-        self._detokenizer = Detokenizer(
-            tokenizer,
-            stop=fields.stops,
-            skip_special_tokens=fields.skip_special_tokens is not False,
-            include_stop=bool(fields.include_stop_str_in_output),
-        )
-        self._strip_space = job.strip_leading_space
-        self._metrics = metrics
-        self._record = record
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._finish_reason: str = "abort"
-        self._arrival = self._first = self._last = arrival
-
-    def on_submit(self, prompt_tokens: int, max_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
-        self._record.prompt_tokens += prompt_tokens
-        self._metrics.on_submit(prompt_tokens, max_tokens)
-
-    def push(self, delta: Delta) -> Output:
-        """The output that a delta makes. Raises the ApiError of a request that failed."""
-        finished, detokenizer = delta.finished, self._detokenizer
-        if finished is not None and (error := finished_error(finished, self._record.request_id)) is not None:
-            self._finish_reason = "error"
-            raise error
-        text = detokenizer.push(_visible(delta))
-        if detokenizer.stopped is None:
-            self._count(delta, len(delta.token_ids))
-            if finished is not None:
-                text += detokenizer.finish()
-        else:
-            # Tokens behind the stop text were made in vain and belong to nobody.
-            self._count(delta, detokenizer.num_tokens - self.completion_tokens)
-        if self._strip_space and text:
-            text, self._strip_space = text.removeprefix(" "), False
-        output = self.output(text)
-        if detokenizer.stopped is not None:
-            self._finish_reason = "stop"
-            return replace(output, finish_reason="stop", stop_reason=detokenizer.stopped)
-        if finished is not None:
-            reason, cause = _end_of(finished, self._fields)
-            self._finish_reason = reason
-            return replace(output, finish_reason=reason, stop_reason=cause)
-        return output
-
-    def output(self, text: str) -> Output:
-        return Output(text, self._prompt_tokens, self._cached_tokens, self.completion_tokens)
-
-    def on_end(self) -> None:
-        self._record.completion_tokens += self.completion_tokens
-        self._record.finish_reason = self._finish_reason
-        self._metrics.on_finish(
-            self._finish_reason, self.completion_tokens, time.monotonic() - self._arrival, self._last - self._first
-        )
-
-    def _count(self, delta: Delta, num_tokens: int) -> None:
-        if delta.cached_tokens is not None:
-            self._cached_tokens = delta.cached_tokens
-            self._record.cached_tokens += delta.cached_tokens
-        if num_tokens == 0:
+    def _submit_siblings(self, first: OpenSequence) -> None:
+        """The other choices of a prompt whose first one has a token: its blocks are in the prefix cache now."""
+        n, params = self._job.fields.choices, first.request.params
+        if first.index % n:
             return
-        now = time.monotonic()
-        if self.completion_tokens == 0:
-            self._first = now
-            self._record.first_token_seconds = now - self._arrival
-            self._metrics.on_first_tokens(now - self._arrival, num_tokens, self._prompt_tokens, self._cached_tokens)
-        else:
-            self._metrics.on_tokens(now - self._last, num_tokens)
-        self._last = now
-        self.completion_tokens += num_tokens
+        for choice in range(1, n):
+            seeded = self._job.fields.seed is not None
+            seed = params.seed + choice if seeded else self._generator._seeds.getrandbits(64)
+            self.submit(
+                first.index + choice,
+                first.prompt.token_ids,
+                msgspec.structs.replace(params, seed=seed & (2**64 - 1), prompt_logprobs=None),
+            )
+            sibling = self._sequences[first.index + choice]
+            sibling.prompt = first.prompt
 
+    def _end(self, sequence: OpenSequence) -> None:
+        del self._sequences[sequence.index]
+        self._generator.engine.abort(sequence.request.request_id)
+        sequence.close()
 
-async def _patiently(stream: RequestStream) -> Delta:
-    """The next delta; TimeoutError after a silence. Nothing is lost then: what arrives waits in the stream."""
-    async with asyncio.timeout(SILENCE_SECONDS):
-        return await anext(stream)
+    def cancel(self) -> None:
+        """Wakes whoever reads: all streams end at once."""
+        for sequence in self._sequences.values():
+            self._generator.engine.abort(sequence.request.request_id)
 
+    def check_cancelled(self) -> None:
+        if self._record.cancelled:
+            raise Cancelled
 
-def _visible(delta: Delta) -> list[int]:
-    """The tokens that are text: not the one that ended the request, even where it is no special token."""
-    finished = delta.finished
-    if finished is not None and finished.stop_token_id is not None and delta.token_ids[-1:] == [finished.stop_token_id]:
-        return delta.token_ids[:-1]
-    return delta.token_ids
+    def abort(self) -> None:
+        for sequence in list(self._sequences.values()):
+            self._end(sequence)
 
-
-def _end_of(finished: Finished, fields: SamplingFields) -> tuple[FinishWord, int | None]:
-    """finish_reason and stop_reason; as in vLLM the model's own end-of-text token is not a stop reason."""
-    if finished.reason is FinishReason.LENGTH:
-        return "length", None
-    token_id = finished.stop_token_id
-    return "stop", token_id if token_id in (fields.stop_token_ids or ()) else None
+    async def close(self) -> None:
+        await self._streams.close()
 
 
 def refuse_long_text(text: str, tokenizer: Tokenizer, window: int, param: str) -> None:
@@ -252,14 +298,3 @@ def refuse_long_text(text: str, tokenizer: Tokenizer, window: int, param: str) -
     at_least = -(-len(text.encode()) // tokenizer.max_token_bytes)
     if at_least > window:
         raise prompt_too_long(window, f"at least {at_least}", param)
-
-
-async def collect(outputs: AsyncGenerator[Output, None]) -> Output:
-    """The whole answer as one output."""
-    texts: list[str] = []
-    last: Output | None = None
-    async with aclosing(outputs):
-        async for last in outputs:
-            texts.append(last.text)
-    assert last is not None
-    return replace(last, text="".join(texts))

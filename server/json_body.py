@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from server.errors import BadRequest, UnsupportedMediaType, UnsupportedParameter, invalid_fields
+from server.schemas.sampling import IGNORED
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -27,15 +28,19 @@ async def read_body(request: Request, model: type[Model], unsupported: Neutral) 
     """The validated body, and the names of the fields that nothing here reads.
 
     Raises BadRequest for anything that is not strict JSON of the model's shape (NaN and Infinity are not JSON),
-    UnsupportedParameter for a field of `unsupported` with a value that is not neutral, UnsupportedMediaType.
+    UnsupportedParameter for a field of `unsupported` with a value that is not neutral, UnsupportedMediaType. Under
+    `--strict` (`app.state.strict`) a field that is not known at all is a BadRequest too.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaType("The body must be JSON: send 'Content-Type: application/json'.")
-    return parse_body(await request.body(), model, unsupported)
+    body = await request.body()
+    return parse_body(body, model, unsupported, strict=request.app.state.strict)
 
 
-def parse_body(body: bytes, model: type[Model], unsupported: Neutral) -> tuple[Model, list[str]]:
+def parse_body(
+    body: bytes, model: type[Model], unsupported: Neutral, *, strict: bool = False
+) -> tuple[Model, list[str]]:
     """`read_body` without the transport."""
     try:
         # Only the top level: the values stay undecoded bytes, so this costs no memory. pydantic alone would accept NaN
@@ -55,15 +60,19 @@ def parse_body(body: bytes, model: type[Model], unsupported: Neutral) -> tuple[M
         if first[0]["type"] == "json_invalid":
             raise BadRequest("The body is not valid JSON, or is nested too deeply.") from None
         raise invalid_fields(first) from None
-    return parsed, [name for name in fields if name not in model.model_fields and name not in unsupported]
+    unread = [name for name in fields if name not in model.model_fields and name not in unsupported]
+    if strict and (unknown := [name for name in unread if name not in IGNORED]):
+        param = unknown[0] if _NAME.fullmatch(unknown[0]) else None
+        raise BadRequest("This field is not known to the server.", param=param, code="unknown_parameter")
+    return parsed, unread
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """`X-Ignored-Params` for the answer: at most 32 names, of characters that are safe in a header."""
+    """`X-Ignored-Fields` for the answer: at most 32 names, of characters that are safe in a header."""
     shown = [name if _NAME.fullmatch(name) else "?" for name in names[:_MAX_HEADER_NAMES]]
     if len(names) > _MAX_HEADER_NAMES:
         shown.append("...")
-    return {"X-Ignored-Params": ", ".join(shown)} if shown else {}
+    return {"X-Ignored-Fields": ", ".join(shown)} if shown else {}
 
 
 def _is_neutral(raw: msgspec.Raw, neutral: Sequence[object]) -> bool:

@@ -43,9 +43,41 @@ PRESENCE_PENALTY = Limit("presence_penalty", 2.0, "", "presence_penalty", -2.0)
 FREQUENCY_PENALTY = Limit("frequency_penalty", 2.0, "", "frequency_penalty", -2.0)
 REPETITION_PENALTY = Limit("repetition_penalty", 10.0, "", "repetition_penalty", 0.01)
 SEED = Limit("seed", 2**63 - 1, "", "seed", -(2**63))
-MAX_TOKENS = Limit("max_tokens", 2**31 - 1, "tokens", "max_tokens, max_completion_tokens (and the model's window)", 1)
+MAX_TOKENS = Limit("max_tokens", 2**31 - 1, "tokens", "completions: max_tokens (and the model's window)", 0)
+MAX_COMPLETION_TOKENS = Limit(
+    "max_completion_tokens", 2**31 - 1, "tokens", "max_completion_tokens, chat: max_tokens (and the model's window)", 1
+)
+MIN_TOKENS = Limit("min_tokens", 2**31 - 1, "tokens", "min_tokens (and max_tokens)", 0)
+N = Limit("n", 32, "choices", "n", 1)
+PROMPTS = Limit("prompts", 64, "prompts", "prompt", 1)
+SEQUENCES = Limit("sequences", 64, "choices", "n x prompts", 1)
+TOP_LOGPROBS = Limit("top_logprobs", 20, "tokens", "top_logprobs, completions: logprobs", 0)
+LOGIT_BIAS = Limit("logit_bias", 1024, "ids", "logit_bias")
+LOGIT_BIAS_VALUE = Limit("logit_bias_value", 100.0, "", "logit_bias{}", -100.0)
+ALLOWED_TOKEN_IDS = Limit("allowed_token_ids", 2**18, "ids", "allowed_token_ids", 1)
+BAD_WORDS = Limit("bad_words", 128, "strings", "bad_words")
+BAD_WORD_BYTES = Limit("bad_word_length", 256, "UTF-8 bytes", "bad_words[]", 1)
+TIMEOUT = Limit("timeout", 86_400.0, "seconds", "timeout", 0.001)
+TOOLS = Limit("tools", 128, "tools", "tools")
+TOOL_CALLS = Limit("tool_calls", 128, "calls", "messages[].tool_calls")
+FUNCTION_NAME = Limit("function_name", 64, "characters", "tools[].function.name", 1)
+TEMPLATE_KWARGS = Limit("chat_template_kwargs", 16, "arguments", "chat_template_kwargs")
 PRIORITY = Limit("priority", 2**31 - 1, "", "priority", -(2**31))
 CACHE_SALT = Limit("cache_salt", 256, "characters", "cache_salt")
+SCHEMA_BYTES = Limit("schema_bytes", 64 * 2**10, "bytes", "JSON schema")
+SCHEMA_DEPTH = Limit("schema_depth", 32, "nested schemas", "JSON schema")
+SCHEMA_PROPERTIES = Limit("schema_properties", 500, "properties", "JSON schema")
+ENUM_VALUES = Limit("enum_values", 1000, "enum values", "JSON schema")
+REPEATS = Limit(
+    "repeats",
+    10_000,
+    "repeats",
+    "minLength, maxLength, minItems, maxItems, minProperties, maxProperties, digits of multipleOf, nested repeats "
+    "of a regular expression",
+)
+REGEX_BYTES = Limit("regex_bytes", 2 * 2**10, "bytes", "structured_outputs.regex, pattern")
+GRAMMAR_BYTES = Limit("grammar_bytes", 64 * 2**10, "bytes", "structured_outputs.grammar, structured_outputs.choice")
+CHOICES = Limit("choices", 1000, "texts", "structured_outputs.choice")
 
 LIMITS: tuple[Limit, ...] = (
     MAX_BODY_BYTES,
@@ -71,6 +103,30 @@ LIMITS: tuple[Limit, ...] = (
     REPETITION_PENALTY,
     SEED,
     MAX_TOKENS,
+    MAX_COMPLETION_TOKENS,
+    MIN_TOKENS,
+    N,
+    PROMPTS,
+    SEQUENCES,
+    TOP_LOGPROBS,
+    LOGIT_BIAS,
+    LOGIT_BIAS_VALUE,
+    ALLOWED_TOKEN_IDS,
+    BAD_WORDS,
+    BAD_WORD_BYTES,
+    TIMEOUT,
+    TOOLS,
+    TOOL_CALLS,
+    FUNCTION_NAME,
+    TEMPLATE_KWARGS,
     PRIORITY,
     CACHE_SALT,
+    SCHEMA_BYTES,
+    SCHEMA_DEPTH,
+    SCHEMA_PROPERTIES,
+    ENUM_VALUES,
+    REPEATS,
+    REGEX_BYTES,
+    GRAMMAR_BYTES,
+    CHOICES,
 )

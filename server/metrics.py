@@ -51,6 +51,10 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time per token after the first, by request.", _TOKEN
         )
         self._e2e_latency = self._histogram("e2e_request_latency_seconds", "Arrival to end.", _REQUEST)
+        self._queue_time = self._histogram("request_queue_time_seconds", "Arrival to first step.", _REQUEST)
+        self._prefill_time = self._histogram("request_prefill_time_seconds", "First step to first token.", _REQUEST)
+        self._decode_time = self._histogram("request_decode_time_seconds", "First token to last.", _REQUEST)
+        self._inference_time = self._histogram("request_inference_time_seconds", "First step to last token.", _REQUEST)
         self._request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens by request.", _COUNTS)
         self._request_generation_tokens = self._histogram(
             "request_generation_tokens", "Generated tokens by request.", _COUNTS
@@ -105,6 +109,13 @@ class Metrics:
         self._request_generation_tokens.observe(num_tokens)
         if num_tokens > 1:
             self._time_per_output_token.observe(decode_seconds / (num_tokens - 1))
+
+    def on_phases(self, queue_seconds: float, prefill_seconds: float, decode_seconds: float) -> None:
+        """Where the time of a request went that got to its first token."""
+        self._queue_time.observe(queue_seconds)
+        self._prefill_time.observe(prefill_seconds)
+        self._decode_time.observe(decode_seconds)
+        self._inference_time.observe(prefill_seconds + decode_seconds)
 
     def on_rejection(self, reason: str) -> None:
         self._rejections.labels(*self._labels, reason).inc()

@@ -34,15 +34,21 @@ from server.errors import (
     Unauthorized,
     as_api_error,
     error_response,
+    speaks_anthropic,
 )
 from server.metrics import Metrics
 from server.record import RequestRecord
+from server.routes.web import DOCS_PATHS
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/ready", "/version", "/metrics"})
-"""Answered without a key, and not logged at INFO: they are polled."""
+POLLED_PATHS = frozenset({"/health", "/livez", "/ready", "/version", "/metrics"})
+"""Not logged at INFO."""
+OPEN_PATHS = POLLED_PATHS | DOCS_PATHS
+"""Answered without a key."""
+ADMIN_PATHS = frozenset({"/reset_prefix_cache"})
+"""Answered with the admin key only, where there is one."""
 BODY_SECONDS = 30.0
 BODY_BYTES_PER_SECOND = 256 * 1024
 """A body may take BODY_SECONDS, and a second more for each so many bytes of it that came."""
@@ -71,7 +77,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                if speaks_anthropic(scope["path"]):
+                    headers["Request-Id"] = record.request_id
             await send(message)
 
         try:
@@ -83,7 +92,7 @@ class RequestMiddleware:
             if not isinstance(exc, ApiError):
                 logger.exception("request %s failed", record.request_id)
             if status == 0:
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope["path"], record.request_id)(scope, receive, send_with_id)
             else:
                 status = error.status  # too late for the client: the answer has begun
         except asyncio.CancelledError:
@@ -98,10 +107,11 @@ class RequestMiddleware:
 class DoorMiddleware:
     """Refuses before anything of the request is read: deny by default, decided on the decoded path alone."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], host: str) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], admin_key: str | None, host: str) -> None:
         """`host`: the address the server is bound to."""
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._digests = [_digest(key) for key in api_keys]
+        self._admin_digests = [] if admin_key is None else [_digest(admin_key)]
         # Without a key, the only fence around a local server is the browser's: a page of a foreign site that points
         # its own name at 127.0.0.1 passes it, but not this list.
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if not api_keys and is_loopback(host) else None
@@ -123,22 +133,28 @@ class DoorMiddleware:
             raise BadRequest("The Host header is missing.")
         if self._hosts is not None and _host_name(host) not in self._hosts:
             raise ForbiddenHost("This server answers under its local names only; set an API key to lift this.")
-        if self._digests and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS:
-            self._check_key(headers)
+        digests = self._digests
+        if self._admin_digests and scope["path"] in ADMIN_PATHS:
+            digests = self._admin_digests
+        if digests and scope["method"] != "OPTIONS" and scope["path"] not in OPEN_PATHS:
+            scope["state"]["record"].key_digest = self._check_key(headers, digests)
 
-    def _check_key(self, headers: Headers) -> None:
+    @staticmethod
+    def _check_key(headers: Headers, digests: Sequence[bytes]) -> bytes:
+        """The digest of the key that was sent. Raises Unauthorized unless it is one of `digests`."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")
-        digest = hashlib.sha256(key.strip().encode()).digest()
+        digest = _digest(key.strip())
         # All of them, so that the time does not tell which one matched.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, known) for known in digests]
         if True not in matches:
             raise Unauthorized(
                 "You did not provide an API key: send 'Authorization: Bearer KEY'."
                 if not key
                 else "Incorrect API key provided."
             )
+        return digest
 
 
 class BodyMiddleware:
@@ -186,6 +202,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
 def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"The body of a request may have {limit} bytes at most.")
 
@@ -201,7 +221,7 @@ def _method(scope: Scope) -> str:
 
 
 def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
-    level = logging.DEBUG if record.handler in OPEN_PATHS else logging.INFO
+    level = logging.DEBUG if record.handler in POLLED_PATHS else logging.INFO
     if not access_logger.isEnabledFor(level):
         return
     line = f"{_method(scope)} {record.handler} {status} {seconds * 1000:.1f} ms id={record.request_id}"

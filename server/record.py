@@ -10,6 +10,12 @@ class RequestRecord:
     """Mutable; filled in while the request is answered. Holds counts and words of ours, nothing a client wrote."""
 
     request_id: str
+    key_digest: bytes = b""
+    """Of the API key that was sent, where there are keys."""
+    response_id: str = ""
+    """The `id` of the answer, once there is one: the other name a client knows it by."""
+    cancelled: bool = False
+    """By the client, over another connection."""
     handler: str = "other"
     """Template of the route: `/v1/models/{model_id}`."""
     prompt_tokens: int = 0

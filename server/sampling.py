@@ -13,15 +13,38 @@ from server.schemas.sampling import SamplingFields
 T = TypeVar("T")
 
 
+def check_fields(fields: SamplingFields, default_max_tokens: int | None) -> None:
+    """What no single field can tell. Raises BadRequest."""
+    if fields.best_of is not None and fields.best_of != fields.choices:
+        raise BadRequest("'best_of' must be equal to 'n': answers are not ranked here.", param="best_of")
+    limit = default_max_tokens if fields.token_limit is None else fields.token_limit
+    if limit is not None and (fields.min_tokens or 0) > limit:
+        raise BadRequest(f"'min_tokens' must not be greater than 'max_tokens', {limit}.", param="min_tokens")
+    if fields.stream_options is not None and not fields.stream:
+        raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+
+
 def sampling_params(
-    fields: SamplingFields, defaults: GenerationDefaults, *, max_tokens: int, vocab_size: int, seeds: Random
+    fields: SamplingFields,
+    defaults: GenerationDefaults,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    seeds: Random,
+    bad_words: tuple[tuple[int, ...], ...] = (),
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Raises BadRequest for a stop id outside the vocabulary. Draws a seed where the client gave none."""
-    for index, token_id in enumerate(fields.stop_token_ids or ()):
-        if token_id >= vocab_size:
-            raise BadRequest(
-                f"A stop token id must be below the vocabulary's size, {vocab_size}.", param=f"stop_token_ids[{index}]"
-            )
+    """Raises BadRequest for an id outside the vocabulary. Draws a seed where the client gave none."""
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        for index, token_id in enumerate(getattr(fields, name) or ()):
+            if token_id >= vocab_size:
+                raise BadRequest(
+                    f"A token id must be below the vocabulary's size, {vocab_size}.", param=f"{name}[{index}]"
+                )
+    bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
+    if max(bias, default=0) >= vocab_size:
+        raise BadRequest(f"A token id must be below the vocabulary's size, {vocab_size}.", param="logit_bias")
     temperature = _first(fields.temperature, 0.0 if defaults.do_sample is False else defaults.temperature, 1.0)
     top_p = _first(fields.top_p, defaults.top_p, 1.0)
     return SamplingParams(
@@ -37,27 +60,27 @@ def sampling_params(
         repetition_penalty=_first(fields.repetition_penalty, defaults.repetition_penalty, 1.0),
         stop_token_ids=tuple(fields.stop_token_ids or ()),
         ignore_eos=bool(fields.ignore_eos),
+        # The window may leave less than was asked for.
+        min_tokens=min(fields.min_tokens or 0, max_tokens),
+        logit_bias=bias,
+        allowed_token_ids=tuple(fields.allowed_token_ids or ()),
+        bad_words=bad_words,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
 def fit_max_tokens(prompt_tokens: int, asked: int | None, default: int | None, window: int, param: str) -> int:
-    """Tokens the answer may have. What the client asked for must fit; a default is clipped to what is left.
+    """Tokens the engine may generate: what was asked for, or the default, or else all, clipped to what is left.
 
-    Raises ContextLengthExceeded with the sentence that clients and agents look for.
+    At least one: with `max_tokens` 0 the engine draws a token that is dropped. Raises ContextLengthExceeded, with
+    the sentence that clients and agents look for, when the prompt leaves no room.
     """
     room = window - prompt_tokens
     if room < 1:
         raise prompt_too_long(window, f"{prompt_tokens}", param)
-    if asked is None:
-        return room if default is None else min(default, room)
-    if asked > room:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {window} tokens. However, you requested {prompt_tokens + asked} "
-            f"tokens ({prompt_tokens} in the {param}, {asked} in the completion). Please reduce the length of the "
-            f"{param} or completion.",
-            param=param,
-        )
-    return asked
+    limit = default if asked is None else asked
+    return room if limit is None else min(max(limit, 1), room)
 
 
 def prompt_too_long(window: int, count: str, param: str) -> ContextLengthExceeded:

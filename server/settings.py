@@ -60,6 +60,11 @@ class Settings(BaseSettings):
         description="Key that clients must send (`Authorization: Bearer KEY`); several are allowed. "
         "Flags can be seen in the process list: prefer the environment or --api-key-file.",
     )
+    admin_key: str | None = Field(
+        None,
+        repr=False,
+        description="Key for POST /reset_prefix_cache, which does not exist without one. It must not be an API key.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU if any.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Number format of weights and cache; auto is bfloat16, or float32 for a float32 checkpoint."
@@ -92,6 +97,7 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that requests in flight get to finish after SIGTERM."
     )
+    strict: bool = Field(False, description="Refuse requests with fields that the server does not know.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
 
     @classmethod
@@ -148,6 +154,15 @@ class Settings(BaseSettings):
             _check_key(key)
         return keys
 
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, key: str | None, info: ValidationInfo) -> str | None:
+        if key is not None:
+            _check_key(key)
+            if key in info.data.get("api_key", ()):
+                raise ValueError("must not be one of the API keys")
+        return key
+
     @property
     def is_builtin(self) -> bool:
         return self.model == BUILTIN_MODEL
@@ -171,6 +186,7 @@ class Settings(BaseSettings):
         """Field name to value as `--print-config` prints it: keys are masked, unset options are None."""
         values = self.model_dump(mode="json")
         values["api_key"] = ["***"] * len(self.api_key)
+        values["admin_key"] = None if self.admin_key is None else "***"
         return values
 
 
@@ -216,7 +232,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _reason(field: str, error: dict[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ").split(", unable to parse")[0]
-    if field.startswith("api_key"):
+    if field.startswith("api_key") or field == "admin_key":
         return message  # the value may be a secret
     given = error["input"]
     if field == "port" and isinstance(given, str) and given.startswith("tcp://"):

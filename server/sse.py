@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -37,6 +37,16 @@ def event(data: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(data) + b"\n\n"
 
 
+def typed_event(data: msgspec.Struct) -> bytes:
+    """An event whose name is the tag of its struct."""
+    return f"event: {data.__struct_config__.tag}\n".encode() + event(data)
+
+
+def error_end(error: ApiError) -> bytes:
+    """The end of a stream that failed, for OpenAI's clients."""
+    return b"data: " + error.body() + b"\n\n" + DONE
+
+
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Await `work`; when the client leaves first, cancel it, wait for its end, and raise ClientDisconnected.
 
@@ -56,11 +66,17 @@ async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
 
 
 async def start_stream(
-    request: Request, events: AsyncGenerator[bytes, None], headers: dict[str, str], request_id: str
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    headers: dict[str, str],
+    request_id: str,
+    on_error: Callable[[ApiError], bytes] = error_end,
 ) -> EventStream:
-    """The response that streams `events`. Raises what comes instead of the first of them."""
+    """The response that streams `events`. Raises what comes instead of the first of them; `on_error` gives the events
+    for what comes later.
+    """
     first = await until_disconnect(request, anext(events))
-    return EventStream(_with_errors(first, events, request_id), headers)
+    return EventStream(_with_errors(first, events, request_id, on_error), headers)
 
 
 class EventStream(EventSourceResponse):
@@ -87,9 +103,9 @@ class EventStream(EventSourceResponse):
 
 
 async def _with_errors(
-    first: bytes, events: AsyncGenerator[bytes, None], request_id: str
+    first: bytes, events: AsyncGenerator[bytes, None], request_id: str, on_error: Callable[[ApiError], bytes]
 ) -> AsyncGenerator[bytes, None]:
-    """All events; an error on the way becomes the last but one."""
+    """All events; an error on the way becomes the end."""
     async with aclosing(events):
         try:
             yield first
@@ -98,7 +114,7 @@ async def _with_errors(
         except Exception as exc:
             if not isinstance(exc, ApiError):
                 logger.exception("request %s failed while streaming", request_id)
-            yield b"data: " + as_api_error(exc, request_id).body() + b"\n\n" + DONE
+            yield on_error(as_api_error(exc, request_id))
 
 
 async def _disconnect(request: Request) -> None:

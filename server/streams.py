@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from scheduler.messages import Finished
+from model.batch import Logprobs
+from scheduler.messages import Finished, Started
 
 
 @dataclass(slots=True)
@@ -15,8 +16,14 @@ class Delta:
     token_ids: list[int]
     finished: Finished | None = None
     """Set in the last delta of a stream and in no other."""
-    cached_tokens: int | None = None
-    """Prompt tokens taken from the prefix cache; set in the delta with the first token."""
+    started: Started | None = None
+    """Set in the delta with the first token."""
+    logprobs: Logprobs | None = None
+    """Of `token_ids`, where asked for."""
+    prompt_logprobs: Logprobs | None = None
+    """Of the next prompt tokens, where asked for; all of them come before or with the first token."""
+    progress: int | None = None
+    """Prompt tokens computed so far, where asked for."""
 
 
 class RequestStream:
@@ -36,18 +43,30 @@ class RequestStream:
         self._pending: Delta | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def push(self, token_ids: list[int], *, finished: Finished | None = None, cached_tokens: int | None = None) -> None:
-        """Add to the pending delta and wake the reader; takes ownership of `token_ids`. Ignored after the end."""
+    def push(
+        self,
+        token_ids: list[int],
+        *,
+        finished: Finished | None = None,
+        started: Started | None = None,
+        logprobs: Logprobs | None = None,
+        prompt_logprobs: Logprobs | None = None,
+        progress: int | None = None,
+    ) -> None:
+        """Add to the pending delta and wake the reader; takes ownership of the lists. Ignored after the end."""
         if self.ended:
             return
         pending = self._pending
         if pending is None:
-            self._pending = Delta(token_ids, finished, cached_tokens)
+            self._pending = Delta(token_ids, finished, started, logprobs, prompt_logprobs, progress)
         else:
             pending.token_ids += token_ids
             pending.finished = finished
-            if cached_tokens is not None:
-                pending.cached_tokens = cached_tokens
+            pending.started = pending.started or started
+            pending.logprobs = _joined(pending.logprobs, logprobs)
+            pending.prompt_logprobs = _joined(pending.prompt_logprobs, prompt_logprobs)
+            if progress is not None:
+                pending.progress = progress
         self.ended = finished is not None
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -71,3 +90,10 @@ class RequestStream:
         delta, self._pending = self._pending, None
         assert delta is not None
         return delta
+
+
+def _joined(earlier: Logprobs | None, later: Logprobs | None) -> Logprobs | None:
+    if earlier is None or later is None:
+        return earlier or later
+    earlier.extend(later)
+    return earlier

@@ -123,6 +123,15 @@ class Tokenizer:
         """The UTF-8 bytes a token stands for, perhaps not whole characters; b"" for ids no token has."""
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary spells them; "" for ids no token has."""
+        return [self._full.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def token_id(self, text: str) -> int | None:
+        """The token that is spelled so in the vocabulary; control tokens are spelled as their text."""
+        token_id: int | None = self._full.token_to_id(text)
+        return token_id
+
     def is_special(self, token_id: int) -> bool:
         """Marked special in tokenizer.json. In this family that is BOS, EOS and padding, not role and tool marks."""
         return token_id in self._special

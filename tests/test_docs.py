@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS
 from server.settings import ENV_PREFIX, Settings, flag_of
+from tools.parameters import CHAT, COMPLETIONS, rows
 from tools.write_docs import FILES, PARTS, ROOT, updated
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +52,14 @@ def test_endpoints_and_metrics_are_documented() -> None:
         assert path in API, path
     for family in text_string_to_metric_families(Metrics("m").render().decode()):
         assert f"`{family.name}" in API
+
+
+def test_every_parameter_has_a_status() -> None:
+    """`rows` raises for a name without one; here, that the table is whole and knows all three."""
+    listed = {name.strip("`"): (chat, completions) for name, chat, completions in rows()}
+    assert listed.keys() == {*CHAT, *COMPLETIONS}
+    assert {status for pair in listed.values() for status in pair} == {"honoured", "refused", "ignored", "-"}
+    assert all(f"| `{name}` | {' | '.join(pair)} |" in API for name, pair in listed.items())
 
 
 def test_every_file_has_its_sentence() -> None:

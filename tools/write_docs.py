@@ -16,11 +16,12 @@ from server.engine_client import EngineClient
 from server.limits import LIMITS
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS
-from server.openapi import _ERRORS as STATUSES
-from server.schemas import chat, completion
+from server.openapi import STATUSES
+from server.schemas import chat, completion, messages, responses
 from server.schemas.sampling import SamplingFields
 from server.settings import ENV_PREFIX, Settings, flag_of
 from server.tokenizer import load_tokenizer
+from tools.parameters import rows as parameter_rows
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -57,12 +58,14 @@ def endpoints() -> str:
 
 
 def fields() -> str:
-    """The request fields that are read: those of both endpoints, then each one's own."""
+    """The request fields that are read: those of both completion endpoints, then each endpoint's own."""
     shared = SamplingFields.model_fields
     rows = [("both", f"`{name}`", field.description or "") for name, field in shared.items()]
     for path, model in (("chat", chat.ChatCompletionRequest), ("completions", completion.CompletionRequest)):
         own = {name: field for name, field in model.model_fields.items() if name not in shared}
         rows += [(path, f"`{name}`", field.description or "") for name, field in own.items()]
+    for path, other in (("responses", responses.ResponsesRequest), ("messages", messages.MessagesRequest)):
+        rows += [(path, f"`{name}`", field.description or "") for name, field in other.model_fields.items()]
     return table(("endpoint", "field", "meaning"), rows)
 
 
@@ -73,10 +76,17 @@ def refused() -> str:
         ("both", both),
         ("chat", chat.UNSUPPORTED.keys() - both),
         ("completions", completion.UNSUPPORTED.keys() - both),
+        ("responses", responses.UNSUPPORTED.keys()),
+        ("messages", messages.UNSUPPORTED.keys()),
     ]
     return table(
         ("endpoint", "refused"), [(path, ", ".join(f"`{name}`" for name in sorted(names))) for path, names in lines]
     )
+
+
+def parameters() -> str:
+    """What becomes of every parameter that other servers know."""
+    return table(("parameter", "chat", "completions"), parameter_rows())
 
 
 def statuses() -> str:
@@ -91,7 +101,7 @@ def metrics() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (options, limits, endpoints, fields, refused, statuses, metrics)
+    part.__name__: part for part in (options, limits, endpoints, fields, refused, parameters, statuses, metrics)
 }
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,23 +1,37 @@
-"""The half of a completion request that both endpoints share: run the job, answer whole or as a stream."""
+"""The half of a completion request that both endpoints share: collect the events, or stream them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import BadRequest
-from server.generation import Generator, Job, Output, collect
+from server.choices import Tally, WholeChoice, collect, server_timing
+from server.events import ChoiceEvent
 from server.record import RequestRecord
 from server.schemas.sampling import SamplingFields
-from server.schemas.usage import Usage, usage_of
+from server.schemas.usage import PromptProgress
 from server.sse import DONE, KEEP_ALIVE, start_stream, until_disconnect
 
-Chunks = Callable[[Output, bool], bytes]
-"""The events for one output, joined; the flag says whether it is the first. Empty when there is nothing to tell."""
+
+class Encoder(Protocol):
+    """How an endpoint spells an answer."""
+
+    def whole(self, choices: list[WholeChoice], tally: Tally) -> msgspec.Struct: ...
+
+    def chunks(self, event: ChoiceEvent, tally: Tally) -> bytes:
+        """The server-sent events for one event, joined; empty when there is nothing to tell."""
+        ...
+
+    def progress(self, progress: PromptProgress) -> bytes: ...
+
+    def last(self, tally: Tally) -> bytes:
+        """What comes after the last choice's end: the usage, where it was asked for."""
+        ...
 
 
 def json_response(data: msgspec.Struct, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -29,50 +43,57 @@ def record_of(request: Request) -> RequestRecord:
     return record
 
 
-def check_stream_options(fields: SamplingFields) -> None:
-    if fields.stream_options is not None and not fields.stream:
-        raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
-
-
-def output_usage(output: Output) -> Usage:
-    return usage_of(output.prompt_tokens, output.completion_tokens, output.cached_tokens)
+def name_request(request: Request, fields: SamplingFields) -> RequestRecord:
+    """The request's record, under the id of its body where no header gave one."""
+    record = record_of(request)
+    if fields.request_id is not None and "x-request-id" not in request.headers:
+        record.request_id = fields.request_id
+    return record
 
 
 async def answer_whole(
     request: Request,
-    generator: Generator,
-    job: Job,
-    body: Callable[[Output], msgspec.Struct],
+    events: AsyncGenerator[ChoiceEvent, None],
+    encoder: Encoder,
+    fields: SamplingFields,
+    num_prompts: int,
     headers: dict[str, str],
 ) -> Response:
-    outputs = generator.generate(job, record_of(request))
-    return json_response(body(await until_disconnect(request, collect(outputs))), headers=headers)
+    work = collect(events, num_prompts * fields.choices, fields.choices)
+    choices, tally = await until_disconnect(request, work)
+    return json_response(
+        encoder.whole(choices, tally), headers={**headers, "Server-Timing": server_timing(tally.timings)}
+    )
 
 
 async def answer_stream(
     request: Request,
-    generator: Generator,
-    job: Job,
-    chunks: Chunks,
-    last: Callable[[Output], bytes],
+    events: AsyncGenerator[ChoiceEvent, None],
+    encoder: Encoder,
+    fields: SamplingFields,
+    num_prompts: int,
     headers: dict[str, str],
 ) -> Response:
-    """`last` gives the events after the finish: the usage, where it was asked for."""
-    record = record_of(request)
+    options = fields.stream_options
+    in_comments = options is not None and bool(options.include_progress)
 
-    async def events() -> AsyncGenerator[bytes, None]:
-        first = True
-        async with aclosing(generator.generate(job, record)) as outputs:
-            async for output in outputs:
-                if output.finish_reason is not None:
-                    yield chunks(output, first) + last(output) + DONE
-                elif data := chunks(output, first):
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        tally = Tally(num_prompts * fields.choices, fields.choices)
+        has_begun = False
+        async with aclosing(events):
+            async for event in events:
+                tally.add(event)
+                data = encoder.chunks(event, tally)
+                if tally.is_complete:
+                    data += encoder.last(tally) + DONE
+                elif event.progress is not None and not event.token_ids:
+                    progress = PromptProgress(event.counts.prompt_tokens, event.progress)
+                    data += b": progress %d/%d\n\n" % (progress.processed, progress.total) if in_comments else b""
+                    data += encoder.progress(progress) if fields.return_progress else b""
+                elif not data and not has_begun and not event.token_ids:
+                    data = KEEP_ALIVE
+                has_begun = has_begun or bool(event.token_ids)
+                if data:
                     yield data
-                elif output.completion_tokens == 0:
-                    yield KEEP_ALIVE
-                    continue
-                else:
-                    continue
-                first = False
 
-    return await start_stream(request, events(), headers, record.request_id)
+    return await start_stream(request, pieces(), headers, record_of(request).request_id)

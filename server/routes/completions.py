@@ -5,31 +5,40 @@ from __future__ import annotations
 import time
 import uuid
 from array import array
+from collections.abc import Awaitable
 
 from fastapi import APIRouter
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import BadRequest, UnsupportedParameter
-from server.generation import Generator, Job, Output, refuse_long_text
+from server.choices import Tally, WholeChoice
+from server.detokenizer import Detokenizer
+from server.events import ChoiceEvent, PromptTokens
+from server.generation import Encode, Generator, Job
 from server.json_body import ignored_header, read_body
+from server.logprobs import CompletionLogprobWriter, joined
 from server.openapi import completion_docs
-from server.routes.answer import answer_stream, answer_whole, check_stream_options, output_usage
+from server.prompts import check_prompts, encode_prompt
+from server.routes.answer import answer_stream, answer_whole, name_request
 from server.schemas.completion import (
     DEFAULT_MAX_TOKENS,
     UNSUPPORTED,
     Completion,
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
 )
-from server.schemas.usage import Usage
+from server.schemas.usage import AnswerTimings, PromptProgress, Usage
 from server.served import ServedModel
-from server.sse import event
+from server.sse import event as sse_event
+from server.structured import response_grammar
+from server.tokenizer import Tokenizer
 
 
 def completions_router(generator: Generator, served: ServedModel) -> APIRouter:
     router = APIRouter()
+    tokenizer = generator.tokenizer
 
     @router.post(
         "/v1/completions",
@@ -38,66 +47,110 @@ def completions_router(generator: Generator, served: ServedModel) -> APIRouter:
     )
     async def create_completion(request: Request) -> Response:
         body, ignored = await read_body(request, CompletionRequest, UNSUPPORTED)
-        check_stream_options(body)
-        model = served.resolve(body.model)
-        if len(body.prompts) != 1:
-            raise UnsupportedParameter(
-                "Several prompts in one request are not supported by this server.", param="prompt"
-            )
-        [prompt] = body.prompts
+        record = name_request(request, body)
+        encoder = CompletionEncoder(body, served.resolve(body.model), served.fingerprint, tokenizer)
+        check_prompts(body, tokenizer)
 
-        async def encode(window: int) -> array[int]:
-            if isinstance(prompt, str):
-                refuse_long_text(prompt, generator.tokenizer, window, "prompt")
-                add_special_tokens = body.add_special_tokens is not False
-                return await generator.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-            vocab_size = generator.tokenizer.vocab_size
-            for index, token_id in enumerate(prompt):
-                if token_id >= vocab_size:
-                    raise BadRequest(
-                        f"A token id must be below the vocabulary's size, {vocab_size}; entry {index} is not.",
-                        param="prompt",
-                    )
-            return array("I", prompt)
+        def encoded(prompt: str | list[int]) -> Encode:
+            def encode(window: int) -> Awaitable[array[int]]:
+                return encode_prompt(prompt, body, tokenizer, window)
 
-        answer = _CompletionAnswer(body, model, served.fingerprint)
+            return encode
+
         job = Job(
-            request_id=answer.id, fields=body, encode=encode, param="prompt", default_max_tokens=DEFAULT_MAX_TOKENS
+            request_id=encoder.id,
+            fields=body,
+            prompts=[encoded(prompt) for prompt in body.prompts],
+            param="prompt",
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            logprobs=body.logprobs,
+            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            grammar=response_grammar(body.response_format, body.structured_outputs),
         )
-        headers = ignored_header(ignored)
-        if body.stream:
-            return await answer_stream(request, generator, job, answer.chunks, answer.last, headers)
-        return await answer_whole(request, generator, job, answer.whole, headers)
+        events = generator.generate(job, record)
+        answer = answer_stream if body.stream else answer_whole
+        return await answer(request, events, encoder, body, len(body.prompts), ignored_header(ignored))
 
     return router
 
 
-class _CompletionAnswer:
+class CompletionEncoder:
     """The objects of one answer: all of them have the same id, time and model."""
 
-    def __init__(self, body: CompletionRequest, model: str, fingerprint: str) -> None:
+    def __init__(self, body: CompletionRequest, model: str, fingerprint: str, tokenizer: Tokenizer) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._fingerprint = fingerprint
+        self._tokenizer = tokenizer
+        self._echo = bool(body.echo)
+        self._with_logprobs = body.logprobs is not None
+        self._with_ids = bool(body.return_token_ids)
+        self._skip_special_tokens = body.skip_special_tokens is not False
+        self._writers: dict[int, CompletionLogprobWriter] = {}
         options = body.stream_options
         self._with_usage = options is not None and bool(options.include_usage)
         self._usage_in_all = options is not None and bool(options.continuous_usage_stats)
 
-    def whole(self, output: Output) -> Completion:
-        return self._completion(output_usage(output), [_choice(output)])
+    def whole(self, choices: list[WholeChoice], tally: Tally) -> Completion:
+        return self._completion([self._choice(choice) for choice in choices], tally.usage, timings=tally.timings)
 
-    def chunks(self, output: Output, first: bool) -> bytes:
-        """One chunk with the text; in the last one the reason too."""
-        if not output.text and output.finish_reason is None:
+    def chunks(self, event: ChoiceEvent, tally: Tally) -> bytes:
+        """One chunk with the text; in a choice's last one the reason too."""
+        has_piece = bool(event.content or (self._echo and event.prompt))
+        # Withheld text must not withhold what belongs to the tokens.
+        has_piece = has_piece or bool(event.token_ids and (self._with_logprobs or self._with_ids))
+        if not has_piece and event.finish_reason is None:
             return b""
-        usage = output_usage(output) if self._usage_in_all else None if self._with_usage else UNSET
-        return event(self._completion(usage, [_choice(output)]))
+        usage = tally.usage if self._usage_in_all else None if self._with_usage else UNSET
+        timings = tally.timings if tally.is_complete and not self._with_usage else UNSET
+        return sse_event(self._completion([self._choice(event)], usage, timings=timings))
 
-    def last(self, output: Output) -> bytes:
-        return event(self._completion(output_usage(output), [])) if self._with_usage else b""
+    def progress(self, progress: PromptProgress) -> bytes:
+        usage = None if self._with_usage else UNSET
+        return sse_event(self._completion([], usage, prompt_progress=progress))
 
-    def _completion(self, usage: Usage | UnsetType | None, choices: list[CompletionChoice]) -> Completion:
+    def last(self, tally: Tally) -> bytes:
+        return sse_event(self._completion([], tally.usage, timings=tally.timings)) if self._with_usage else b""
+
+    def _choice(self, source: ChoiceEvent | WholeChoice) -> CompletionChoice:
+        prompt = source.prompt
+        text = source.content
+        if self._echo and prompt is not None:
+            text = self._prompt_text(prompt) + text
+        return CompletionChoice(
+            index=source.index,
+            text=text,
+            logprobs=self._logprobs(source),
+            finish_reason=source.finish_reason,
+            stop_reason=UNSET if source.finish_reason is None else source.stop_reason,
+            token_ids=list(source.token_ids) if self._with_ids else UNSET,
+            prompt_token_ids=list(prompt.token_ids) if self._with_ids and prompt is not None else UNSET,
+        )
+
+    def _logprobs(self, source: ChoiceEvent | WholeChoice) -> CompletionLogprobs | None:
+        if not self._with_logprobs:
+            return None
+        writer = self._writers.get(source.index)
+        if writer is None:
+            writer = CompletionLogprobWriter(self._tokenizer, skip_special_tokens=self._skip_special_tokens)
+            self._writers[source.index] = writer
+        if not self._echo or source.prompt is None:
+            return writer.answer(source.logprobs)
+        return joined(writer.prompt(source.prompt), writer.answer(source.logprobs))
+
+    def _prompt_text(self, prompt: PromptTokens) -> str:
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=self._skip_special_tokens)
+        return detokenizer.push(prompt.token_ids) + detokenizer.finish()
+
+    def _completion(
+        self,
+        choices: list[CompletionChoice],
+        usage: Usage | UnsetType | None,
+        *,
+        prompt_progress: PromptProgress | UnsetType = UNSET,
+        timings: AnswerTimings | UnsetType = UNSET,
+    ) -> Completion:
         return Completion(
             id=self.id,
             created=self._created,
@@ -105,9 +158,6 @@ class _CompletionAnswer:
             system_fingerprint=self._fingerprint,
             choices=choices,
             usage=usage,
+            prompt_progress=prompt_progress,
+            timings=timings,
         )
-
-
-def _choice(output: Output) -> CompletionChoice:
-    stop_reason = UNSET if output.finish_reason is None else output.stop_reason
-    return CompletionChoice(index=0, text=output.text, finish_reason=output.finish_reason, stop_reason=stop_reason)

@@ -1,4 +1,4 @@
-"""OpenAI's error object."""
+"""OpenAI's error object, and Anthropic's."""
 
 from __future__ import annotations
 
@@ -16,3 +16,14 @@ class Error(msgspec.Struct, frozen=True, kw_only=True):
 
 class ErrorResponse(msgspec.Struct, frozen=True, kw_only=True):
     error: Error
+
+
+class AnthropicError(msgspec.Struct, frozen=True, kw_only=True):
+    type: str
+    """Machine word, e.g. `not_found_error`."""
+    message: str
+
+
+class AnthropicErrorResponse(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
+    error: AnthropicError
+    request_id: str

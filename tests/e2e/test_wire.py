@@ -107,9 +107,11 @@ def test_logs_hold_nothing_of_a_request(daemon: Daemon) -> None:
     with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {canary}"}) as client:
         assert client.post(url, json=good).status_code == 200
         assert "[DONE]" in client.post(url, json={**good, "stream": True}).text
+        tools = [{"type": "function", "function": {"name": canary, "description": canary}}]
+        assert client.post(url, json={**good, "tools": tools}).status_code == 200
         for bad in (
             {**good, "temperature": canary},
-            {**good, "tools": [{"type": "function", "function": {"name": canary}}]},
+            {**good, "tools": [{"type": "function", "function": {"name": f"{canary} with spaces"}}]},
             {**good, "model": canary},
             {"messages": canary},
             {**good, "messages": [{"role": canary, "content": canary}]},

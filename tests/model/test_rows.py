@@ -13,6 +13,7 @@ from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE
 from model.rows import Rows
+from model.sampler import limit
 
 CPU = torch.device("cpu")
 
@@ -113,9 +114,64 @@ def test_sampling_inputs_follow_the_order_of_the_batch() -> None:
     assert (penalties.repetition, penalties.presence, penalties.frequency) == (1.5, 0.0, 0.25)
 
 
+def drawable(rows: Rows, row: int, **bitmasks: bytes) -> set[int]:
+    """Ids below 10 that the row can draw next."""
+    limits = rows.sampling_inputs([row], {row: bitmasks["bitmask"]} if bitmasks else None).limits
+    logits = torch.zeros(10)
+    for each in limits:
+        limit(logits, each)
+    return set(logits.isfinite().nonzero().flatten().tolist())
+
+
+def test_limits_follow_what_was_generated() -> None:
+    rows = Rows(max_num_seqs=3, max_model_len=64, eos_token_ids=[1])
+    batch = ForwardBatch(
+        0,
+        [ScheduledRow(row, 0, 2, [row], sample=True) for row in range(3)],
+        [
+            new_row(0, [5, 6], min_tokens=2, stop_token_ids=(4,), logit_bias={9: -100.0, 8: -99.0}),
+            new_row(1, [5, 6], min_tokens=1, stop_token_ids=(4,), ignore_eos=True, allowed_token_ids=(1, 2, 3, 4)),
+            new_row(2, [5, 6], bad_words=((7,), (6, 3), (5, 5, 2), (2, 3), ())),
+        ],
+    )
+    run(rows, batch)
+    everything = set(range(10))
+    assert drawable(rows, 0) == everything - {1, 4, 9}
+    assert drawable(rows, 1) == {1, 2, 3}
+    assert drawable(rows, 2) == everything - {7}, "the prompt was not generated"
+    rows.append([0, 1, 2], [5, 1, 5])
+    assert drawable(rows, 0) == everything - {1, 4, 9}
+    assert drawable(rows, 1) == {1, 2, 3, 4}
+    rows.append([0, 2], [5, 5])
+    assert drawable(rows, 0) == everything - {9}
+    assert drawable(rows, 2) == everything - {7, 2}
+    rows.append([2], [6])
+    assert drawable(rows, 2) == everything - {7, 3}
+    assert drawable(rows, 2, bitmask=bytes([0b10001000, 0b10])) == {9}
+    inputs = rows.sampling_inputs([0, 2])
+    assert [(limits.index, limits.bitmask) for limits in inputs.limits] == [(0, None), (1, None)]
+    assert inputs.limits[0].bias.tolist() == [-float("inf"), -99.0]
+
+
+def test_a_grammar_limits_a_row_without_other_limits() -> None:
+    rows = Rows(max_num_seqs=2, max_model_len=64)
+    run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 1, [0], sample=True)], [new_row(0, [5])]))
+    assert not rows.sampling_inputs([0]).limits
+    assert drawable(rows, 0, bitmask=bytes([0b101, 0])) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("start", "num_tokens", "predicted"), [(0, 3, [2, 3, 4]), (3, 1, [5]), (0, 5, [2, 3, 4, 5]), (4, 1, []), (5, 1, [])]
+)
+def test_each_position_predicts_the_next_prompt_token(start: int, num_tokens: int, predicted: list[int]) -> None:
+    rows = Rows(max_num_seqs=1, max_model_len=64)
+    rows.update(ForwardBatch(0, [], [new_row(0, [1, 2, 3, 4, 5, 6], num_prompt_tokens=5)]))
+    assert rows.predicted_prompt_tokens(ScheduledRow(0, start, num_tokens)) == predicted
+
+
 def test_a_rebound_row_keeps_nothing_of_its_last_request() -> None:
     rows = Rows(max_num_seqs=1, max_model_len=256)
-    first = new_row(0, [1] * 100, presence_penalty=1.0, temperature=0.0, seed=3)
+    first = new_row(0, [1] * 100, presence_penalty=1.0, temperature=0.0, seed=3, min_tokens=5)
     run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 100, [4, 5], sample=True)], [first]))
     rows.append([0], [17])
     second = new_row(0, [2], block_table=[9])
@@ -124,6 +180,7 @@ def test_a_rebound_row_keeps_nothing_of_its_last_request() -> None:
     assert inputs.slot_mapping.tolist() == [9 * BLOCK_SIZE]
     sampling = rows.sampling_inputs([0])
     assert not sampling.penalties
+    assert not sampling.limits
     assert (sampling.temperature.tolist(), sampling.seed.tolist(), sampling.position.tolist()) == ([1.0], [0], [1])
 
 

@@ -14,6 +14,7 @@ from model.sampler import (
     CANDIDATES,
     GOLDEN_GAMMA,
     SLICE_ELEMENTS,
+    Limits,
     Penalties,
     SamplingInputs,
     exponentials,
@@ -28,8 +29,28 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def inputs_of(rows: list[dict[str, Any]]) -> SamplingInputs:
-    """Columns from one dict a row; `penalties` is (tokens, num_prompt_tokens, repetition, presence, frequency)."""
+def limits_of(index: int, limits: dict[str, Any], vocab_size: int) -> Limits:
+    bitmask = None
+    if "grammar" in limits:
+        bits = np.zeros(vocab_size, np.uint8)
+        bits[limits["grammar"]] = 1
+        bitmask = np.packbits(bits, bitorder="little").tobytes() + b"\xff"  # what is beyond the vocabulary is ignored
+    bias = limits.get("bias", {})
+    return Limits(
+        index=index,
+        bitmask=bitmask,
+        allowed=np.array(limits.get("allowed", []), np.int64),
+        banned=np.array(limits.get("banned", []), np.int64),
+        biased=np.array(list(bias), np.int64),
+        bias=np.array(list(bias.values()), np.float32),
+    )
+
+
+def inputs_of(rows: list[dict[str, Any]], vocab_size: int = 0) -> SamplingInputs:
+    """Columns from one dict a row; `penalties` is (tokens, num_prompt_tokens, repetition, presence, frequency).
+
+    `limits` has any of grammar, allowed, banned (ids) and bias (by id), and needs `vocab_size`.
+    """
 
     def column(name: str, default: float, dtype: type) -> NDArray[Any]:
         return np.array([row.get(name, default) for row in rows], dtype)
@@ -46,6 +67,7 @@ def inputs_of(rows: list[dict[str, Any]]) -> SamplingInputs:
             for i, row in enumerate(rows)
             if "penalties" in row
         ],
+        limits=[limits_of(i, row["limits"], vocab_size) for i, row in enumerate(rows) if "limits" in row],
     )
 
 
@@ -63,6 +85,16 @@ def random_rows(count: int, vocab_size: int, rng: np.random.Generator) -> list[d
         if i % 3 == 0:
             tokens = rng.integers(vocab_size, size=30).tolist()
             row["penalties"] = (tokens, 12, *(float(x) for x in rng.choice([0.5, 1.0, 1.5, 2.0], 3)))
+        if i % 4 < 2:
+            ids = rng.permutation(vocab_size)
+            kinds = {
+                "grammar": ids[: vocab_size // 2].tolist(),
+                "allowed": ids[vocab_size // 3 :].tolist(),
+                "banned": ids[vocab_size // 3 : vocab_size // 3 + 5].tolist(),
+                "bias": {int(ids[0]): -np.inf, **{int(t): float(rng.normal() * 3) for t in ids[1:12]}},
+            }
+            chosen = rng.choice(list(kinds), size=int(rng.integers(1, 5)), replace=False)
+            row["limits"] = {name: kinds[name] for name in chosen}
         rows.append(row)
     return rows
 
@@ -77,6 +109,15 @@ def oracle_mix64(x: int) -> int:
 def oracle_probabilities(logits: NDArray[np.float32], row: dict[str, Any]) -> NDArray[np.float64]:
     """One row, one id at a time, as the API documents it; temperature > 0."""
     scores = logits.copy()
+    limits = row.get("limits", {})
+    for token in range(len(scores)):
+        if (
+            token not in limits.get("grammar", [token])
+            or token not in limits.get("allowed", [token])
+            or token in limits.get("banned", [])
+        ):
+            scores[token] = -np.inf
+        scores[token] += np.float32(limits.get("bias", {}).get(token, 0.0))
     if "penalties" in row:
         tokens, num_prompt_tokens, repetition, presence, frequency = row["penalties"]
         for token in set(tokens):
@@ -151,7 +192,7 @@ def test_mixed_rows_equal_the_oracle(vocab_size: int, spread: float) -> None:
             logits = np.round(logits * 4) / 4
         rows = random_rows(60, vocab_size, rng)
         expected = [oracle_token(logits[i], row) for i, row in enumerate(rows)]
-        assert sample(torch.from_numpy(logits.copy()), inputs_of(rows)) == expected
+        assert sample(torch.from_numpy(logits.copy()), inputs_of(rows, vocab_size)) == expected
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
@@ -159,9 +200,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     vocab_size = SLICE_ELEMENTS // 5  # several slices
     logits = torch.from_numpy(rng.standard_normal((12, vocab_size)).astype(np.float32)) * 3
     rows = random_rows(12, vocab_size, rng)
-    together = sample(logits.clone(), inputs_of(rows))
-    assert [sample(logits[i : i + 1].clone(), inputs_of([row]))[0] for i, row in enumerate(rows)] == together
-    backwards = sample(logits.flip(0).contiguous(), inputs_of(rows[::-1]))
+    together = sample(logits.clone(), inputs_of(rows, vocab_size))
+    alone = [sample(logits[i : i + 1].clone(), inputs_of([row], vocab_size))[0] for i, row in enumerate(rows)]
+    assert alone == together
+    backwards = sample(logits.flip(0).contiguous(), inputs_of(rows[::-1], vocab_size))
     assert backwards[::-1] == together
 
 
@@ -171,6 +213,30 @@ def test_greedy_takes_the_lowest_of_equal_ids_and_ignores_everything_but_penalti
     assert sample(logits.clone(), inputs_of(rows)) == [1, 2]
     rows[0]["penalties"] = ([1], 1, 2.0, 0.0, 0.0)
     assert sample(logits.clone(), inputs_of(rows)) == [2, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "limits",
+    [{"grammar": []}, {"allowed": [3], "banned": [3]}, {"grammar": [3, 4], "bias": {3: -np.inf, 4: -np.inf}}],
+)
+def test_a_row_with_nothing_left_to_draw_gives_minus_one_and_harms_nobody(
+    limits: dict[str, Any], temperature: float
+) -> None:
+    logits = torch.randn((3, 30), generator=torch.Generator().manual_seed(1))
+    rows: list[dict[str, Any]] = [{"temperature": temperature, "top_p": 0.9, "seed": i} for i in range(3)]
+    expected = sample(logits.clone(), inputs_of(rows))
+    rows[1]["limits"] = limits
+    assert sample(logits, inputs_of(rows, 30)) == [expected[0], -1, expected[2]]
+
+
+def test_a_single_id_that_is_left_is_drawn_whatever_the_temperature() -> None:
+    logits = torch.randn((4, 300), generator=torch.Generator().manual_seed(1))
+    kinds = ({"grammar": [77]}, {"allowed": [77]}, {"banned": [i for i in range(300) if i != 77]}, {"bias": {77: 1e4}})
+    for temperature in (0.0, 0.5, 1e300):
+        rows = [{"temperature": temperature, "top_p": 0.9, "limits": limits} for limits in kinds[:3]]
+        rows.append({"temperature": min(temperature, 1.0), "limits": kinds[3]})
+        assert sample(logits.clone(), inputs_of(rows, 300)) == [77] * 4
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

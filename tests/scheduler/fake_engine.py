@@ -15,9 +15,10 @@ from array import array
 from collections.abc import Sequence
 from zlib import crc32
 
-from model.batch import ForwardBatch, SampledTokens
+from model.batch import ForwardBatch, Logprobs, SampledTokens, SamplingParams
 from scheduler.config import EngineConfig
 from scheduler.engine import main
+from scheduler.messages import Grammar
 
 VOCAB_SIZE = 1000
 EOS_TOKEN_ID = 0
@@ -62,6 +63,8 @@ class FakeRunner:
         self._args = args
         self._rows: dict[int, list[int]] = {}
         """Row: [checksum of its tokens, their number]."""
+        self._bound: dict[int, tuple[array[int], SamplingParams]] = {}
+        """Row: its prompt and parameters."""
 
     def execute(self, batch: ForwardBatch) -> SampledTokens:
         if batch.step == self._args.raise_at_step:
@@ -74,18 +77,54 @@ class FakeRunner:
         for new in batch.new_rows:
             assert new.row not in self._rows
             self._rows[new.row] = [crc32(new.tokens), len(new.tokens)]
-        rows, token_ids = [], []
+            self._bound[new.row] = (new.tokens[: new.num_prompt_tokens], new.params)
+        sampled = SampledTokens(batch.step, [], [])
         for scheduled in batch.rows:
             state = self._rows[scheduled.row]
             end = scheduled.start + scheduled.num_tokens
             assert end <= state[1]
             assert scheduled.sample == (end == state[1])
+            prompt, params = self._bound[scheduled.row]
+            predicted = range(scheduled.start + 1, min(end + 1, len(prompt)))
+            if params.prompt_logprobs is not None and predicted:
+                columns = [[prompt[i]] for i in predicted], [[-float(i)] for i in predicted]
+                sampled.prompt_logprobs[scheduled.row] = Logprobs(*columns)
             if scheduled.sample:
                 token_id = _choose(state[0])
+                if (mask := batch.grammar_bitmasks.get(scheduled.row)) is not None:
+                    token_id = next(i for i in range(VOCAB_SIZE) if mask[i // 8] >> i % 8 & 1)
+                if params.logprobs is not None:
+                    sampled.logprobs[scheduled.row] = Logprobs([[token_id]], [[-float(state[1])]])
                 state[:] = [crc32(array("I", [token_id]), state[0]), state[1] + 1]
-                rows.append(scheduled.row)
-                token_ids.append(token_id)
-        return SampledTokens(batch.step, rows, token_ids)
+                sampled.rows.append(scheduled.row)
+                sampled.token_ids.append(token_id)
+        return sampled
+
+
+class FakeGrammars:
+    """The text of a grammar is the only output it allows, as token ids; `?` is where it breaks."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, list[str]] = {}
+
+    def add(self, request_id: str, grammar: Grammar) -> None:
+        if grammar.kind != "regex":
+            raise ValueError(f"no such kind: {grammar.kind}")
+        self._left[request_id] = grammar.text.split()
+
+    def bitmask(self, request_id: str) -> bytes:
+        token = self._left[request_id][0]
+        if token == "?":
+            raise ValueError("too complex")
+        return (1 << int(token)).to_bytes(VOCAB_SIZE // 8, "little")
+
+    def accept(self, request_id: str, token_id: int) -> bool:
+        left = self._left[request_id]
+        assert left.pop(0) == str(token_id)
+        return not left
+
+    def drop(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
 
 
 if __name__ == "__main__":
@@ -97,4 +136,8 @@ if __name__ == "__main__":
     parser.add_argument("--raise-at-step", type=int)
     parser.add_argument("--kill-at-step", type=int)
     own_args, engine_argv = parser.parse_known_args()
-    main(engine_argv, runner_factory=lambda config: FakeRunner(config, own_args))
+    main(
+        engine_argv,
+        runner_factory=lambda config: FakeRunner(config, own_args),
+        grammars_factory=lambda config, runner: FakeGrammars(),
+    )

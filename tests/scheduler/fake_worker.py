@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from model.batch import ForwardBatch, NewRow, SampledTokens, SamplingParams, ScheduledRow
-from scheduler.messages import AddRequest, FinishReason
+from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, SamplingParams, ScheduledRow
+from scheduler.messages import AddRequest, FinishReason, Grammar
 from scheduler.scheduler import Scheduler
 
 VOCAB_SIZE = 16
@@ -52,6 +52,11 @@ def run_alone(
         if len(output) == params.max_tokens or len(prompt) + len(output) == max_num_tokens:
             return output, FinishReason.LENGTH
         digest = extend_digest(digest, token)
+
+
+def logprobs_at(tokens: Sequence[int], positions: Sequence[int]) -> Logprobs:
+    """This world's log-probability of a token is its position: what is lost, doubled or out of order shows."""
+    return Logprobs([[tokens[position]] for position in positions], [[float(position)] for position in positions])
 
 
 @dataclass
@@ -140,8 +145,14 @@ class FakeWorker:
             digest = extend_digest(digest, row.tokens[position])
             slot = self.cache[row.block_table[position // self.block_size]][position % self.block_size]
             assert slot == digest, f"position {position} of row {scheduled.row} reads another prefix"
+        if row.params.prompt_logprobs is not None:
+            predicted = range(scheduled.start + 1, min(row.num_computed + 1, row.num_prompt_tokens))
+            if predicted:
+                sampled.prompt_logprobs[scheduled.row] = logprobs_at(row.tokens, predicted)
         if scheduled.sample:
             token = next_token(digest, row.params, len(row.tokens) - row.num_prompt_tokens)
+            if row.params.logprobs is not None:
+                sampled.logprobs[scheduled.row] = Logprobs([[token]], [[float(len(row.tokens))]])
             sampled.rows.append(scheduled.row)
             sampled.token_ids.append(token)
             row.tokens.append(max(token, 0))
@@ -157,14 +168,27 @@ def request_message(
     seed: int = 0,
     stop_token_ids: tuple[int, ...] = (),
     ignore_eos: bool = True,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
+    progress: bool = False,
 ) -> AddRequest:
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
     return AddRequest(
         request_id=request_id,
         prompt=array("I", prompt).tobytes(),
         params=params,
         priority=priority,
         cache_salt=cache_salt,
+        grammar=grammar,
+        progress=progress,
     )
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model.batch import SampledTokens, SamplingParams
+from model.batch import Logprobs, SampledTokens, SamplingParams
 from scheduler.block_pool import BlockPool
 from scheduler.messages import AddRequest, Finished, FinishReason
 from scheduler.scheduler import Scheduler, StepResult
-from tests.scheduler.fake_worker import EOS, NAN_SEED_BIT, VOCAB_SIZE, FakeWorker, request_message, run_alone
+from tests.scheduler.fake_worker import (
+    EOS,
+    NAN_SEED_BIT,
+    VOCAB_SIZE,
+    FakeWorker,
+    logprobs_at,
+    request_message,
+    run_alone,
+)
 
 ABORT = Finished(reason=FinishReason.ABORT)
 PROMPTS = st.builds(
@@ -31,6 +40,9 @@ ARRIVALS = st.fixed_dictionaries(
         "seed": st.sampled_from([0, 0, 1, 2, 3, 4, NAN_SEED_BIT]),
         "stop_token_ids": st.sampled_from([(), (), (3,)]),
         "ignore_eos": st.booleans(),
+        "logprobs": st.sampled_from([None, 0]),
+        "prompt_logprobs": st.sampled_from([None, None, 0]),
+        "progress": st.booleans(),
     }
 )
 
@@ -48,6 +60,8 @@ class SchedulerStorm(RuleBasedStateMachine):
         self.output: dict[str, list[int]] = {}
         self.terminal: dict[str, Finished] = {}
         self.cached: dict[str, int] = {}
+        self.prompt_logprobs: dict[str, Logprobs] = {}
+        self.progress: dict[str, int] = {}
         self.results: deque[SampledTokens] = deque()
 
     @initialize(
@@ -105,6 +119,7 @@ class SchedulerStorm(RuleBasedStateMachine):
                 assert refused is None
                 self.accepted[message.request_id] = message
                 self.output[message.request_id] = []
+                self.prompt_logprobs[message.request_id] = Logprobs([], [])
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())
@@ -159,7 +174,7 @@ class SchedulerStorm(RuleBasedStateMachine):
 
     @rule()
     def take_finished(self) -> None:
-        self.deliver(StepResult([], [], self.scheduler.take_finished(), {}))
+        self.deliver(StepResult(finished=self.scheduler.take_finished()))
 
     @rule()
     def reset_cache(self) -> None:
@@ -171,11 +186,32 @@ class SchedulerStorm(RuleBasedStateMachine):
             self.scheduler.check()
 
     def deliver(self, result: StepResult) -> None:
+        for request_id, done in result.progress.items():
+            message = self.accepted[request_id]
+            assert message.progress
+            assert not self.output[request_id]
+            assert request_id not in self.terminal
+            assert self.progress.get(request_id, 0) < done <= len(message.prompt) // 4
+            self.progress[request_id] = done
+        for request_id, logprobs in result.prompt_logprobs.items():
+            assert self.accepted[request_id].params.prompt_logprobs is not None
+            assert request_id not in self.terminal
+            self.prompt_logprobs[request_id].extend(logprobs)
+        for request_id in result.started:
+            if self.accepted[request_id].params.prompt_logprobs is not None:
+                num_prompt_tokens = len(self.accepted[request_id].prompt) // 4
+                assert len(self.prompt_logprobs[request_id].token_ids) == num_prompt_tokens - 1, "not before its text"
+        asking = [r for r in result.request_ids if self.accepted[r].params.logprobs is not None]
+        assert list(result.logprobs) == asking
         for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
             assert request_id not in self.terminal, "a token after the end"
-            assert (request_id in result.cached_tokens) == (not self.output[request_id])
+            assert (request_id in result.started) == (not self.output[request_id])
             self.output[request_id] += token_ids
-        for request_id, cached in result.cached_tokens.items():
+            if request_id in result.logprobs:
+                place = len(self.accepted[request_id].prompt) // 4 + len(self.output[request_id]) - 1
+                assert result.logprobs[request_id] == Logprobs([token_ids], [[float(place)]])
+        for request_id, started in result.started.items():
+            cached = started.cached_tokens
             assert 0 <= cached < len(self.accepted[request_id].prompt) // 4
             assert cached == 0 or self.prefix_cache
         for request_id, finished in result.finished.items():
@@ -195,7 +231,15 @@ class SchedulerStorm(RuleBasedStateMachine):
         assert self.pool.free_count == self.pool.num_blocks
         assert self.terminal.keys() == self.accepted.keys()
         for request_id, message in self.accepted.items():
+            self.check_prompt_logprobs(message, self.prompt_logprobs[request_id])
             self.check_text(message, self.output[request_id], self.terminal[request_id])
+
+        assert self.scheduler.stats().prompt_tokens <= sum(len(m.prompt) // 4 for m in self.accepted.values())
+
+    def check_prompt_logprobs(self, message: AddRequest, delivered: Logprobs) -> None:
+        """Each token's exactly once and in order (that they are complete at the first token was seen there)."""
+        prompt = array("I", message.prompt)
+        assert delivered == logprobs_at(prompt, range(1, len(delivered.token_ids) + 1))
 
     def check_text(self, message: AddRequest, output: list[int], finished: Finished) -> None:
         params: SamplingParams = message.params

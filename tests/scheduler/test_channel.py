@@ -37,6 +37,7 @@ from scheduler.messages import (
     FromEngine,
     Heartbeat,
     Shutdown,
+    Started,
     StepOutput,
     ToEngine,
 )
@@ -72,7 +73,7 @@ FROM_ENGINE: list[FromEngine] = [
         request_ids=["a", "b"],
         token_ids=[[1], [2, 3]],
         finished={"b": Finished(reason=FinishReason.STOP, stop_token_id=3)},
-        cached_tokens={"a": 64},
+        started={"a": Started(64, 0.5, 0.25)},
         stats=STATS,
     ),
     EngineFailed(kind="step", message="m", request_ids=["a"]),

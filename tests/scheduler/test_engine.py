@@ -12,6 +12,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,11 @@ from scheduler.messages import (
     Finished,
     FinishReason,
     FromEngine,
+    Grammar,
     Heartbeat,
+    ResetPrefixCache,
     Shutdown,
+    Started,
     StepOutput,
     ToEngine,
 )
@@ -60,9 +64,12 @@ class EngineProcess:
     def send(self, message: ToEngine) -> None:
         self.socket.sendall(encode_frame(message))
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
-        params = SamplingParams(max_tokens=max_tokens)
-        self.send(AddRequest(request_id=request_id, prompt=array("I", prompt).tobytes(), params=params))
+    def add(
+        self, request_id: str, prompt: list[int], max_tokens: int, *, grammar: Grammar | None = None, **params: Any
+    ) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, **params)
+        prompt_bytes = array("I", prompt).tobytes()
+        self.send(AddRequest(request_id=request_id, prompt=prompt_bytes, params=sampling, grammar=grammar))
 
     def _receive(self) -> Iterator[FromEngine]:
         decoder = FrameDecoder[FromEngine](FromEngine)
@@ -289,6 +296,82 @@ def test_an_impossible_request_is_rejected_alone(start: StartEngine) -> None:
         "long": (FinishReason.REJECTED, "context_length_exceeded"),
     }
     assert engine.tokens == {"good": expected_tokens([5, 6], 50)}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop_token_ids": (VOCAB_SIZE,)},
+        {"logit_bias": {VOCAB_SIZE: 1.0}},
+        {"allowed_token_ids": (3, VOCAB_SIZE)},
+        {"bad_words": ((VOCAB_SIZE, 1),)},
+    ],
+)
+def test_ids_outside_the_vocabulary_reach_no_tensor(start: StartEngine, params: dict[str, Any]) -> None:
+    engine = start()
+    engine.wait_ready()
+    engine.add("a", [1], max_tokens=1, **params)
+    engine.wait_finished("a")
+    assert (engine.finished["a"].reason, engine.finished["a"].code) == (FinishReason.REJECTED, "invalid_request")
+
+
+def test_requests_under_a_grammar_follow_it_beside_free_ones_and_end_with_it(start: StartEngine) -> None:
+    engine = start("--step-seconds", "0.002", max_num_seqs=8)
+    engine.wait_ready()
+    engine.add("free", [5], max_tokens=30)
+    engine.add("ends", [5], max_tokens=30, grammar=Grammar("regex", "7 8 9"))
+    engine.add("cut", [5], max_tokens=2, grammar=Grammar("regex", "3 2 1"))
+    engine.add("exact", [5], max_tokens=2, grammar=Grammar("regex", "3 2"))
+    engine.add("breaks", [5], max_tokens=9, grammar=Grammar("regex", "4 5 ? 6"))
+    engine.add("bad", [5], max_tokens=9, grammar=Grammar("lark", "7"))
+    engine.wait_finished("free", "ends", "cut", "exact", "breaks", "bad")
+    assert engine.tokens == {
+        "free": expected_tokens([5], 30),
+        "ends": [7, 8, 9],
+        "cut": [3, 2],
+        "exact": [3, 2],
+        "breaks": [4, 5],
+    }
+    assert {request_id: (finished.reason, finished.code) for request_id, finished in engine.finished.items()} == {
+        "free": (FinishReason.LENGTH, None),
+        "ends": (FinishReason.STOP, None),
+        "cut": (FinishReason.LENGTH, None),
+        "exact": (FinishReason.STOP, None),
+        "breaks": (FinishReason.ERROR, "grammar_failed"),
+        "bad": (FinishReason.REJECTED, "invalid_grammar"),
+    }
+
+
+def test_the_first_token_tells_cache_queue_and_prefill(start: StartEngine) -> None:
+    engine = start("--step-seconds", "0.05", max_num_seqs=1, max_num_batched_tokens=64)
+    engine.wait_ready()
+    started: dict[str, Started] = {}
+    for request_id in "ab":
+        engine.add(request_id, [1] * 130, max_tokens=2)
+    while engine.finished.keys() != {"a", "b"}:
+        message = engine.next()
+        if isinstance(message, StepOutput):
+            started |= message.started
+    assert [started[request_id].cached_tokens for request_id in "ab"] == [0, 128]
+    # Steps of 50 ms: three for the prompt of `a` and one more, one for what the cache leaves of `b`.
+    assert 0 <= started["a"].queue_seconds < started["a"].prefill_seconds
+    assert 0.15 <= started["a"].prefill_seconds < 5
+    assert 0.15 <= started["b"].queue_seconds < 5
+    assert 0.05 <= started["b"].prefill_seconds < started["b"].queue_seconds
+
+
+def test_after_a_reset_of_the_prefix_cache_nothing_is_found(start: StartEngine) -> None:
+    engine = start()
+    engine.wait_ready()
+    found = []
+    for request_id in "abc":
+        engine.add(request_id, [1] * 130, max_tokens=1)
+        message = engine.until(lambda message: isinstance(message, StepOutput) and bool(message.started))
+        assert isinstance(message, StepOutput)
+        found.append(message.started[request_id].cached_tokens)
+        if request_id == "b":
+            engine.send(ResetPrefixCache())
+    assert found == [0, 128, 0]
 
 
 def test_an_abort_works_in_the_queue_in_prefill_and_in_decode(start: StartEngine) -> None:

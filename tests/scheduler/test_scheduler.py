@@ -8,11 +8,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from model.batch import ForwardBatch, SampledTokens
+from model.batch import ForwardBatch, Logprobs, SampledTokens
 from scheduler.block_pool import BlockPool, InvariantError
-from scheduler.messages import Finished, FinishReason
+from scheduler.messages import Finished, FinishReason, Grammar, Started
 from scheduler.scheduler import Scheduler, StepResult
-from tests.scheduler.fake_worker import EOS, NAN_SEED_BIT, FakeWorker, request_message, run_alone, worker_for
+from tests.scheduler.fake_worker import (
+    EOS,
+    NAN_SEED_BIT,
+    FakeWorker,
+    logprobs_at,
+    request_message,
+    run_alone,
+    worker_for,
+)
 
 ABORT = Finished(reason=FinishReason.ABORT, message="gone")
 
@@ -54,9 +62,9 @@ class Bench:
         for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
             self.output.setdefault(request_id, []).extend(token_ids)
         assert not self.finished.keys() & result.finished.keys()
-        assert not self.cached.keys() & result.cached_tokens.keys()
+        assert not self.cached.keys() & result.started.keys()
         self.finished |= result.finished
-        self.cached |= result.cached_tokens
+        self.cached |= {request_id: started.cached_tokens for request_id, started in result.started.items()}
         return result
 
     def step(self) -> ForwardBatch:
@@ -149,6 +157,179 @@ def test_the_same_events_give_the_same_batches_whatever_is_sampled() -> None:
         [row.new_blocks for row in batch.rows] for batch in twos
     ]
     assert [batch.released_rows for batch in ones] == [batch.released_rows for batch in twos]
+
+
+# Fairness
+
+
+def test_a_long_chunk_leaves_room_for_decoding_and_short_requests_whichever_came_first() -> None:
+    bench = Bench(num_blocks=100, max_num_batched_tokens=16)
+    bench.add("long", range(200), max_tokens=1)
+    assert shape(bench.step()) == [(0, 0, 16, False)]
+    bench.add("short", range(300, 303), max_tokens=5)
+    assert shape(bench.step()) == [(0, 16, 13, False), (1, 0, 3, True)]
+    assert shape(bench.step()) == [(0, 29, 15, False), (1, 3, 1, True)]
+    bench.add("second", [1], max_tokens=5)
+    assert shape(bench.step()) == [(0, 44, 14, False), (1, 4, 1, True), (2, 0, 1, True)]
+    bench.run()
+    assert list(bench.finished) == ["short", "second", "long"]
+
+
+def test_short_requests_that_wait_get_at_most_half_of_a_step_beside_a_long_one() -> None:
+    bench = Bench(num_blocks=100, max_num_batched_tokens=16, max_num_seqs=8)
+    bench.add("long", range(200), max_tokens=1)
+    bench.step()
+    for index in range(4):
+        bench.add(str(index), [index] * 3, max_tokens=9)
+    assert shape(bench.step()) == [(0, 16, 8, False), (1, 0, 3, True), (2, 0, 3, True), (3, 0, 2, False)]
+    # What is left of the third is short as well, and the fourth waits no longer than that.
+    assert shape(bench.step()) == [
+        *((0, 24, 10, False), (1, 3, 1, True), (2, 3, 1, True), (3, 2, 1, True)),
+        (4, 0, 3, True),
+    ]
+
+
+def test_long_prompts_are_served_one_after_the_other_and_share_their_prefix() -> None:
+    bench = Bench(num_blocks=100, max_num_batched_tokens=16)
+    for request_id in "ab":
+        bench.add(request_id, range(100), max_tokens=1)
+    bench.run()
+    assert bench.cached == {"a": 0, "b": 96}
+
+
+def test_no_room_is_kept_for_requests_that_cannot_be_admitted() -> None:
+    bench = Bench(num_blocks=24, max_num_batched_tokens=16)
+    bench.add("long", range(96), max_tokens=1)  # all blocks
+    bench.step()
+    bench.add("short", range(300, 303), max_tokens=1)
+    assert shape(bench.step()) == [(0, 16, 16, False)]
+
+
+def test_the_oldest_long_chunk_gets_on_however_many_decode() -> None:
+    bench = Bench(num_blocks=100, max_num_batched_tokens=4, max_num_seqs=5)
+    bench.add("long", range(9), max_tokens=1)
+    bench.step()
+    for index in range(4):
+        bench.add(str(index), [index], max_tokens=30)
+    for _ in range(20):
+        bench.step()
+    assert "long" in bench.finished
+
+
+# Times, progress, log-probabilities
+
+
+def test_started_tells_the_time_in_the_queue_and_until_the_first_token() -> None:
+    bench = Bench(max_num_batched_tokens=4)
+    scheduler = bench.scheduler
+    scheduler.add(scheduler.make_request(request_message("a", range(6), max_tokens=2), 10.0))
+    results = []
+    for scheduled, processed in ((12.5, 13.0), (13.0, 16.5), (17.0, 18.0)):
+        batch = scheduler.schedule(scheduled)
+        assert batch is not None
+        results.append(scheduler.update(bench.worker.execute(batch), processed))
+    assert [result.started for result in results] == [{}, {"a": Started(0, 2.5, 4.0)}, {}]
+
+
+def test_progress_is_told_to_those_who_ask_until_the_first_token() -> None:
+    bench = Bench(max_num_batched_tokens=4)
+    bench.add("other", range(50, 57), max_tokens=2)
+    bench.run()
+    bench.add("a", range(10), progress=True, max_tokens=3)
+    told = []
+    while bench.scheduler.has_work:
+        told.append(bench.process(bench.plan()[1]).progress)
+    assert told == [{"a": 4}, {"a": 8}, {}, {}, {}]
+
+
+def test_prompt_logprobs_keep_a_request_from_what_is_cached() -> None:
+    bench = Bench()
+    bench.add("a", range(10), max_tokens=1)
+    bench.run()
+    bench.add("b", range(10), max_tokens=1, prompt_logprobs=0, logprobs=0)
+    batch, sampled = bench.plan()
+    result = bench.process(sampled)
+    assert shape(batch) == [(0, 0, 10, True)]
+    assert result.prompt_logprobs == {"b": logprobs_at(range(10), range(1, 10))}
+    assert result.logprobs == {"b": Logprobs([bench.output["b"]], [[10.0]])}
+    bench.add("c", range(10), max_tokens=1)
+    bench.run()
+    assert bench.cached == {"a": 0, "b": 0, "c": 8}, "what it computed is cached for others"
+
+
+def test_each_prompt_logprob_comes_once_also_over_a_preemption() -> None:
+    bench = Bench(num_blocks=50, max_num_batched_tokens=6)
+    bench.add("a", range(21), max_tokens=1, prompt_logprobs=0, progress=True)
+    delivered = Logprobs([], [])
+    starts = []
+    progress = []
+    while bench.scheduler.has_work:
+        batch, sampled = bench.plan()
+        starts.append(batch.rows[0].start)
+        result = bench.process(sampled)
+        delivered.extend(result.prompt_logprobs.get("a", Logprobs([], [])))
+        progress += result.progress.values()
+        if len(starts) == 1:
+            bench.scheduler._preempt(bench.scheduler._running[0])
+    assert starts == [0, 4, 10, 16], "it starts again behind a full block, two tokens before what was delivered"
+    assert delivered == logprobs_at(range(21), range(1, 21))
+    assert progress == [6, 10, 16]
+    assert bench.scheduler.stats().prompt_tokens == 21
+
+
+def test_a_resumed_request_finds_no_more_than_it_has_delivered() -> None:
+    bench = Bench(num_blocks=50, max_num_batched_tokens=6)
+    bench.add("a", range(21), max_tokens=1, prompt_logprobs=0)
+    bench.step()
+    bench.scheduler._preempt(bench.scheduler._running[0])
+    bench.add("b", range(21), max_tokens=1, priority=-1)
+    bench.run()
+    assert [len(new.block_table) for new in bench.worker.bound] == [0, 1, 1]
+
+
+def test_prompt_tokens_are_counted_once_when_they_are_computed_again() -> None:
+    bench = Bench(prefix_cache=False, max_num_batched_tokens=6)
+    bench.add("a", range(20), max_tokens=2)
+    bench.step()
+    bench.step()
+    bench.scheduler._preempt(bench.scheduler._running[0])
+    bench.step()
+    assert bench.scheduler.stats().prompt_tokens == 12
+    bench.run()
+    assert bench.scheduler.stats().prompt_tokens == 20
+
+
+def test_broken_logits_of_a_prompt_end_its_request() -> None:
+    bench = Bench(max_num_batched_tokens=6)
+    bench.add("a", range(21), max_tokens=1, prompt_logprobs=0)
+    _, sampled = bench.plan()
+    sampled.prompt_logprobs[0].logprobs[2] = [float("nan")]
+    result = bench.process(sampled)
+    assert result.finished["a"].code == "nan_logits"
+    assert not result.prompt_logprobs
+    assert bench.scheduler.stats().cached_blocks == 0
+
+
+def test_rows_that_need_a_bitmask_are_those_that_sample_under_a_grammar() -> None:
+    bench = Bench(max_num_batched_tokens=6)
+    for request_id in "ab":
+        bench.add(request_id, range(4), max_tokens=3, grammar=Grammar("regex", "a*") if request_id == "b" else None)
+    needed = []
+    while bench.scheduler.has_work:
+        _, sampled = bench.plan()
+        needed.append(bench.scheduler.grammar_rows)
+        bench.process(sampled)
+    assert needed == [[], [(1, "b")], [(1, "b")], [(1, "b")]]
+
+
+def test_after_a_reset_nothing_older_is_found() -> None:
+    bench = Bench()
+    bench.add("a", range(10), max_tokens=1)
+    bench.run()
+    bench.scheduler.reset_prefix_cache()
+    bench.add("b", range(10), max_tokens=1)
+    bench.run()
+    assert bench.cached == {"a": 0, "b": 0}
 
 
 # Prefix cache

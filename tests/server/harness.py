@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as Encoder
 
 from model.config import load_config
-from scheduler.messages import AddRequest, EngineReady, EngineStats, Finished, FinishReason
+from scheduler.messages import AddRequest, EngineReady, EngineStats, Finished, FinishReason, Started
 from server.app import build_app
 from server.engine_client import EngineState, EngineUnavailable
 from server.settings import BUILTIN_MODEL, Settings
@@ -48,7 +48,7 @@ def answers(text: str) -> Script:
     def script(engine: ScriptedEngine, request: AddRequest, stream: RequestStream) -> None:
         async def tokens() -> None:
             for index, token_id in enumerate(ids):
-                stream.push([token_id], cached_tokens=0 if index == 0 else None)
+                stream.push([token_id], started=Started(0, 0.0, 0.0) if index == 0 else None)
                 await asyncio.sleep(0)
             stream.push([], finished=finish())
 
@@ -103,9 +103,10 @@ class ScriptedEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        stream = self.streams.pop(request_id)
-        if not stream.ended:
+        stream = self.streams.pop(request_id, None)
+        if stream is not None and not stream.ended:
             self.aborted.append(request_id)
+            stream.push([], finished=Finished(reason=FinishReason.ABORT))
 
     def prompt(self, index: int = -1) -> list[int]:
         return list(array("I", self.requests[index].prompt))

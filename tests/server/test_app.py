@@ -13,6 +13,7 @@ import pytest
 
 from server.engine_client import EngineState
 from tests.server.harness import Answer, answers, call, chat, make_app, post, silent
+from tests.server.typed_events import typed_events
 
 
 def get(path: str, state: EngineState = EngineState.READY, **options: Any) -> Answer:
@@ -76,9 +77,10 @@ def test_document_is_true() -> None:
             responses = operation["responses"]
             assert "422" not in responses
             for status in ("400", "403", "500"):
-                assert responses[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorResponse")
-            if "completions" in path:
+                assert responses[status]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorResponse")
+            if "requestBody" in operation:
                 assert {"401", "404", "413", "429", "503"} <= responses.keys()
+            if path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
                 assert {"application/json", "text/event-stream"} == responses["200"]["content"].keys()
     names = set(document["components"]["schemas"])
     assert {ref.rsplit("/", 1)[1] for ref in re.findall(r'#/components/schemas/[^"\']+', str(document))} <= names
@@ -101,6 +103,16 @@ def test_answers_have_the_documented_shape() -> None:
             for event in (await post(app, path, {**body, "stream": True, "stream_options": options})).events:
                 check(event, chunk)
             check((await post(app, path, {})).json, "ErrorResponse")
+        for path, body, whole in (
+            ("/v1/responses", {"input": "x"}, "ResponseObject"),
+            ("/v1/messages", {**chat(), "max_tokens": 8}, "AnthropicMessage"),
+        ):
+            check((await post(app, path, body)).json, whole)
+            content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+            stream = content["itemSchema"]["properties"]["data"]["contentSchema"]
+            for event in typed_events(await post(app, path, {**body, "stream": True})):
+                jsonschema.validate(event, {**stream, "components": document["components"]})
+        check((await post(app, "/v1/messages", {})).json, "AnthropicErrorResponse")
         check((await call(app, "GET", "/v1/models")).json, "ModelList")
         check((await call(app, "GET", "/health")).json, "Health")
         check(chat(), "ChatCompletionRequest")

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import uvloop
+from msgspec import structs
 
-from model.batch import SamplingParams
+from model.batch import Logprobs, SamplingParams
 from scheduler.config import EngineConfig
 from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason
 from server.engine_client import (
@@ -102,10 +103,51 @@ def test_streams_get_their_own_tokens_then_one_end(loop: str) -> None:
     assert (engine.state, engine.failure) == (EngineState.STOPPED, None)
 
 
+def test_log_probabilities_and_progress_reach_their_stream() -> None:
+    async def scenario(engine: EngineClient) -> None:
+        prompt = [1 + i % 900 for i in range(1200)]
+        request = add_request("a", prompt, 3)
+        params = structs.replace(request.params, logprobs=0, prompt_logprobs=0)
+        token_ids: list[int] = []
+        logprobs, prompt_logprobs, progress = Logprobs([], []), Logprobs([], []), []
+        async for delta in engine.submit(structs.replace(request, params=params, progress=True)):
+            token_ids += delta.token_ids
+            logprobs.extend(delta.logprobs or Logprobs([], []))
+            prompt_logprobs.extend(delta.prompt_logprobs or Logprobs([], []))
+            progress += [delta.progress] * (delta.progress is not None)
+        assert prompt_logprobs.token_ids == [[token] for token in prompt[1:]]
+        assert prompt_logprobs.logprobs == [[-float(position)] for position in range(1, 1200)]
+        assert logprobs == Logprobs([[token] for token in token_ids], [[-1200.0], [-1201.0], [-1202.0]])
+        assert progress == sorted(progress)
+        assert set(progress) <= {512, 1024}
+
+    with_engine(scenario)
+
+
+def test_a_reset_of_the_prefix_cache_reaches_the_engine() -> None:
+    async def scenario(engine: EngineClient) -> None:
+        for request_id in "ab":
+            deltas = [delta async for delta in engine.submit(add_request(request_id, [7] * 200, 2))]
+            assert deltas[0].started is not None
+            assert deltas[0].started.cached_tokens == 0
+            engine.reset_prefix_cache()
+        await engine.shutdown(0)
+        with pytest.raises(EngineUnavailable):
+            engine.reset_prefix_cache()
+
+    with_engine(scenario)
+
+
 def test_a_second_time_the_prompt_comes_from_the_cache() -> None:
     async def scenario(engine: EngineClient) -> None:
-        first = [delta.cached_tokens async for delta in engine.submit(add_request("a", [7] * 200, 2))]
-        second = [delta.cached_tokens async for delta in engine.submit(add_request("b", [7] * 200, 2))]
+        first = [
+            delta.started and delta.started.cached_tokens
+            async for delta in engine.submit(add_request("a", [7] * 200, 2))
+        ]
+        second = [
+            delta.started and delta.started.cached_tokens
+            async for delta in engine.submit(add_request("b", [7] * 200, 2))
+        ]
         assert (first[0], second[0]) == (0, 192)
         assert set(first[1:] + second[1:]) <= {None}
 

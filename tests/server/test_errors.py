@@ -138,7 +138,7 @@ def test_unforeseen_failure_is_a_fixed_text_with_the_id(caplog: pytest.LogCaptur
         {"prompt": {CANARY: CANARY}},
         {"prompt": "x", "stop": [CANARY * 50]},
         {"prompt": "x", "stream_options": CANARY},
-        {"prompt": "x", "suffix": CANARY},
+        {"prompt": "x", "suffix": [CANARY]},
         {"prompt": "x", "logit_bias": {"1": CANARY}},
         {"prompt": "x", "n": CANARY},
         {"prompt": "x" * 20_000 + CANARY},

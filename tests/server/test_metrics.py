@@ -28,6 +28,10 @@ EXPECTED = {
     "vllm:inter_token_latency_seconds": "histogram",
     "vllm:request_time_per_output_token_seconds": "histogram",
     "vllm:e2e_request_latency_seconds": "histogram",
+    "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram",
+    "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_inference_time_seconds": "histogram",
     "vllm:request_prompt_tokens": "histogram",
     "vllm:request_generation_tokens": "histogram",
     "vllm:request_params_max_tokens": "histogram",
@@ -85,6 +89,8 @@ def test_figures_of_requests() -> None:
     assert found["vllm:request_success_total|stop"] == 1
     assert found["vllm:time_to_first_token_seconds_count"] == 2
     assert found["vllm:inter_token_latency_seconds_count"] == tokens - 2
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert found[f"vllm:request_{phase}_time_seconds_count"] == 2
     assert found["vllm:request_generation_tokens_sum"] == tokens
     assert found["vllm:request_prompt_tokens_sum"] == found["vllm:prompt_tokens_total"] > 0
     assert found["vllm:request_params_max_tokens_sum"] == 32

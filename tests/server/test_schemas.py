@@ -76,7 +76,29 @@ def test_null_is_absent_for_every_field() -> None:
         ("messages", [{"role": "user", "content": [{"type": "text", "text": 1}]}]),
         ("messages", [{"role": "user", "content": ["x"]}]),
         ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]),
-        ("messages", [{"role": "assistant", "content": "x", "prefix": True}]),
+        ("messages", [{"role": "assistant", "content": "x", "prefix": "yes"}]),
+        ("n", 0),
+        ("n", True),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"1": "1"}),
+        ("logit_bias", [1]),
+        ("bad_words", "x"),
+        ("bad_words", [""]),
+        ("allowed_token_ids", []),
+        ("logprobs", 1),
+        ("top_logprobs", True),
+        ("tools", [{"type": "function"}]),
+        ("tools", [{"type": "function", "function": {"name": "a b"}}]),
+        ("tool_choice", "always"),
+        ("tool_choice", {"type": "function"}),
+        ("tool_choice", 1),
+        ("chat_template_kwargs", {"messages": 1}),
+        ("chat_template_kwargs", {"x": {}}),
+        ("response_format", "json"),
+        ("timeout", 0),
+        ("request_id", "a b"),
+        ("thinking", True),
     ],
 )
 def test_wrong_values_name_their_field(field: str, value: object) -> None:
@@ -150,29 +172,15 @@ def test_missing_prompt() -> None:
 
 
 ASKING = {
-    "n": 2,
-    "best_of": 2,
-    "logprobs": True,
-    "top_logprobs": 1,
     "echo": True,
-    "suffix": "x",
-    "logit_bias": {"1": 1},
-    "tools": [{"type": "function"}],
-    "tool_choice": "required",
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "x"},
     "guided_json": {},
-    "min_tokens": 1,
-    "bad_words": ["x"],
-    "allowed_token_ids": [1],
     "prompt_logprobs": 0,
     "modalities": ["text", "audio"],
     "chat_template": "{{ messages }}",
-    "continue_final_message": True,
-    "add_generation_prompt": False,
     "truncate_prompt_tokens": 1,
     "functions": [{}],
     "audio": {},
+    "use_beam_search": True,
 }
 
 
@@ -193,11 +201,9 @@ def test_neutral_values_pass() -> None:
 
 
 def test_neutral_is_compared_with_its_type() -> None:
-    for value in (True, 1.0, "1", [1]):
+    for value in (0, 0.0, "", []):
         with pytest.raises(UnsupportedParameter):
-            parse_chat(n=value)
-    with pytest.raises(UnsupportedParameter):
-        parse_completion(logprobs=0)
+            parse_chat(use_beam_search=value)
 
 
 def test_unread_fields_are_reported() -> None:
@@ -206,10 +212,22 @@ def test_unread_fields_are_reported() -> None:
     assert ignored == ["user", "foo"]
 
 
+def test_strict_refuses_what_is_not_known() -> None:
+    def parse(name: str) -> None:
+        body = json.dumps({"prompt": "x", name: 1}).encode()
+        parse_body(body, CompletionRequest, completion.UNSUPPORTED, strict=True)
+
+    parse("user")
+    for name, param in (("foo", "foo"), ("a\nb", None)):
+        with pytest.raises(ApiError) as caught:
+            parse(name)
+        assert (caught.value.status, caught.value.param) == (400, param)
+
+
 def test_ignored_header_is_safe_and_bounded() -> None:
     assert ignored_header([]) == {}
-    assert ignored_header(["user", "a\r\nb: c", "é", "x" * 65]) == {"X-Ignored-Params": "user, ?, ?, ?"}
-    assert len(ignored_header(["y" * 64] * 1000)["X-Ignored-Params"]) < 2500
+    assert ignored_header(["user", "a\r\nb: c", "é", "x" * 65]) == {"X-Ignored-Fields": "user, ?, ?, ?"}
+    assert len(ignored_header(["y" * 64] * 1000)["X-Ignored-Fields"]) < 2500
 
 
 def test_completion_tokens_win() -> None:

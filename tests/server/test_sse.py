@@ -10,8 +10,8 @@ import pytest
 import uvicorn
 from sse_starlette.sse import AppStatus
 
-from scheduler.messages import AddRequest, FinishReason
-from server import generation, sse
+from scheduler.messages import AddRequest, FinishReason, Started
+from server import generation, sequence, sse
 from server.engine_client import EngineState
 from server.streams import RequestStream
 from tests.server.harness import Answer, ScriptedEngine, answers, chat, finish, ids_of, make_app, post, silent
@@ -89,7 +89,7 @@ def test_stream_options_without_stream() -> None:
 
 def test_what_is_ready_together_is_written_together() -> None:
     def at_once(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
-        out.push(ids_of(TEXT), cached_tokens=0, finished=finish())
+        out.push(ids_of(TEXT), started=Started(0, 0.0, 0.0), finished=finish())
 
     async def run() -> Answer:
         app, _ = make_app(at_once)
@@ -116,7 +116,7 @@ def test_error_before_the_first_token_is_a_status() -> None:
 def test_error_after_the_first_token_is_an_event(reason: FinishReason) -> None:
     def fail(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
         async def tokens() -> None:
-            out.push(ids_of("one"), cached_tokens=0)
+            out.push(ids_of("one"), started=Started(0, 0.0, 0.0))
             await asyncio.sleep(0.01)
             out.push([], finished=finish(reason, message="/root secret"))
 
@@ -139,7 +139,7 @@ def test_unforeseen_error_after_the_first_token(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = 0
-    push = generation._Answer.push
+    push = sequence.Sequence.push
 
     def failing(self: Any, delta: Any) -> Any:
         nonlocal calls
@@ -148,7 +148,7 @@ def test_unforeseen_error_after_the_first_token(
             raise ZeroDivisionError
         return push(self, delta)
 
-    monkeypatch.setattr(generation._Answer, "push", failing)
+    monkeypatch.setattr(sequence.Sequence, "push", failing)
     answer = stream(CHAT, chat())
     assert answer.events[-1]["error"]["type"] == "server_error"
     assert "failed while streaming" in caplog.text
@@ -160,7 +160,7 @@ def test_silence_starts_the_response_with_a_comment(monkeypatch: pytest.MonkeyPa
     def late(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
         async def tokens() -> None:
             await asyncio.sleep(0.15)
-            out.push(ids_of(TEXT), cached_tokens=0, finished=finish())
+            out.push(ids_of(TEXT), started=Started(0, 0.0, 0.0), finished=finish())
 
         engine.tasks.append(asyncio.ensure_future(tokens()))
 
@@ -179,7 +179,7 @@ def test_keep_alive_between_tokens_is_a_comment(monkeypatch: pytest.MonkeyPatch)
 
     def slow(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
         async def tokens() -> None:
-            out.push(ids_of(TEXT), cached_tokens=0)
+            out.push(ids_of(TEXT), started=Started(0, 0.0, 0.0))
             await asyncio.sleep(0.15)
             out.push([], finished=finish())
 
@@ -216,7 +216,7 @@ def test_client_that_leaves_before_the_first_token(is_stream: bool) -> None:
 
 def test_client_that_leaves_in_the_middle() -> None:
     def first_only(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
-        out.push(ids_of("one"), cached_tokens=0)
+        out.push(ids_of("one"), started=Started(0, 0.0, 0.0))
 
     async def run() -> ScriptedEngine:
         app, engine = make_app(first_only)
@@ -249,7 +249,7 @@ def test_streams_survive_the_shutdown_signal(monkeypatch: pytest.MonkeyPatch) ->
 
     def slow(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
         async def tokens() -> None:
-            out.push(ids_of("one"), cached_tokens=0)
+            out.push(ids_of("one"), started=Started(0, 0.0, 0.0))
             await asyncio.sleep(0.05)
             server.handle_exit(signal.SIGTERM, None)
             engine.state = EngineState.STOPPED

@@ -1,0 +1,82 @@
+"""What an answer is made of, before any endpoint's spelling: chat completions, responses and messages encode these."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from server.schemas.usage import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its raw log-probability and the most likely alternatives, most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A prompt as the engine got it."""
+
+    token_ids: array[int]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of all tokens but the first, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of one tool call. `call_id` and `name` come with the call's first piece and never again."""
+
+    index: int
+    """0, 1, 2 ... within the choice, without holes."""
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    """The next characters of the JSON text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Token counts of one choice so far."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, as measured; sent with a choice's last event."""
+
+    queue: float
+    prefill: float
+    first_token: float
+    """From arrival at the door to the first token."""
+    decode: float
+    """From the first token to the last."""
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEvent:
+    """The newest piece of one choice; every field may be empty."""
+
+    index: int
+    counts: Counts
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt: PromptTokens | None = None
+    """Set in the choice's first event with a token or an end."""
+    progress: int | None = None
+    """Prompt tokens computed, while there is no token yet."""
+    finish_reason: FinishReason | None = None
+    """Set in the choice's last event and in no other."""
+    stop_reason: str | int | None = None
+    timings: Timings | None = None

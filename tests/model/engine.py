@@ -1,0 +1,90 @@
+"""Scheduler and model in one process, for tests of both together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.batch import Logprobs
+from model.runner import load_runner
+from scheduler.block_pool import BlockPool
+from scheduler.config import BLOCK_SIZE
+from scheduler.messages import AddRequest
+from scheduler.scheduler import Scheduler
+
+NUM_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    tokens: list[list[int]]
+    cached_tokens: list[int]
+    logprobs: list[Logprobs]
+    prompt_logprobs: list[Logprobs]
+    """Empty where a request did not ask."""
+    num_preemptions: int
+
+
+class Engine:
+    """Scheduler and model in one process, stepping until nothing is left."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        num_blocks: int = 1024,
+        budget: int = 512,
+        prefix_cache: bool = True,
+        watermark_blocks: int | None = None,
+    ) -> None:
+        self.runner = load_runner(
+            model_dir,
+            dtype="float32",
+            max_model_len=768,
+            max_num_seqs=NUM_ROWS,
+            num_blocks=num_blocks,
+            num_threads=1,
+            progress=False,
+        )
+        self.scheduler = Scheduler(
+            pool=BlockPool(num_blocks),
+            block_size=BLOCK_SIZE,
+            max_num_seqs=NUM_ROWS,
+            max_num_batched_tokens=budget,
+            max_model_len=self.runner.max_model_len,
+            eos_token_ids=self.runner.eos_token_ids,
+            prefix_cache=prefix_cache,
+            fingerprint=self.runner.fingerprint,
+            watermark_blocks=watermark_blocks,
+        )
+
+    def generate(self, requests: list[AddRequest], preempt_every: int | None = None) -> Outcome:
+        """Run to the end; with `preempt_every`, the newest running request gives way every so many steps."""
+        tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        cached: dict[str, int] = {}
+        logprobs = {request.request_id: Logprobs([], []) for request in requests}
+        prompt_logprobs = {request.request_id: Logprobs([], []) for request in requests}
+        before = self.scheduler.stats().num_preemptions
+        for request in requests:
+            assert self.scheduler.add(self.scheduler.make_request(request)) is None
+        while self.scheduler.has_work:
+            batch = self.scheduler.schedule()
+            assert batch is not None
+            if preempt_every and batch.step % preempt_every == preempt_every - 1:
+                self.scheduler._preempt(self.scheduler._running[-1])
+            result = self.scheduler.update(self.runner.execute(batch))
+            cached |= {request_id: started.cached_tokens for request_id, started in result.started.items()}
+            for column, news in ((logprobs, result.logprobs), (prompt_logprobs, result.prompt_logprobs)):
+                for request_id, entries in news.items():
+                    column[request_id].extend(entries)
+            for request_id, new in zip(result.request_ids, result.token_ids, strict=True):
+                tokens[request_id] += new
+        self.scheduler.check()
+        preemptions = self.scheduler.stats().num_preemptions - before
+        return Outcome(
+            tokens=list(tokens.values()),
+            cached_tokens=[cached[request.request_id] for request in requests],
+            logprobs=list(logprobs.values()),
+            prompt_logprobs=list(prompt_logprobs.values()),
+            num_preemptions=preemptions,
+        )

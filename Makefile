@@ -19,8 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel test-clients test-schemathesis
-.PHONY: test-lm-eval bench bench-long docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel test-clients test-schemathesis test-lm-eval bench bench-long docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

@@ -142,3 +142,21 @@ def test_assets_with_and_without_compression(name: str, begin: bytes) -> None:
     assert "content-encoding" not in plain.headers
     assert plain.body == gzip.decompress(packed.body)
     assert plain.body.startswith(begin)
+
+
+def test_every_body_has_an_example_that_is_answered() -> None:
+    async def run() -> None:
+        app, _ = make_app(answers("ok"))
+        bodies = {
+            path: operation["requestBody"]["content"]["application/json"]
+            for path, operations in app.openapi()["paths"].items()
+            for operation in operations.values()
+            if "requestBody" in operation
+        }
+        assert len(bodies) >= 8
+        for path, body in bodies.items():
+            answer = await post(app, path, body["example"])
+            assert answer.status == 200, (path, answer.body)
+            assert "x-ignored-fields" not in answer.headers
+
+    asyncio.run(run())

@@ -188,3 +188,15 @@ def test_sizes_and_counts_as_people_read_them() -> None:
         "3.0 TiB",
     ]
     assert [format_count(n) for n in (999, 1_510_000, 15_700_000_000)] == ["999", "1.51 M", "15.7 B"]
+
+
+def test_the_admin_key_is_a_secret_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTD_ADMIN_KEY", "the-admin-key")
+    settings = load_settings({"api_key": ["one"]})
+    assert settings.admin_key == "the-admin-key"
+    assert "the-admin" not in repr(settings) + str(settings.shown())
+    with pytest.raises(SettingsError, match=r"^LATENTD_ADMIN_KEY: must not be one of the API keys$"):
+        load_settings({"api_key": ["the-admin-key"]})
+    with pytest.raises(SettingsError, match=r"^--admin-key: a key must be printable") as caught:
+        load_settings({"admin_key": "sec ret"})
+    assert "sec" not in str(caught.value)

@@ -117,28 +117,30 @@ def body_docs(request: type, answer: type, *errors: int, error: type = ErrorResp
     return arguments
 
 
-def completion_docs(request: type, answer: type, *chunks: type, error: type = ErrorResponse) -> dict[str, Any]:
-    """Arguments for a route that takes a JSON body and answers whole or as an event stream."""
+def completion_docs(
+    request: type, answer: type, *chunks: type, error: type = ErrorResponse, done: bool = False
+) -> dict[str, Any]:
+    """Arguments for a route that takes a JSON body and answers whole or as an event stream.
+
+    `done`: the stream ends with the data `[DONE]`, which is not JSON.
+    """
     arguments = body_docs(request, answer, 499, error=error)
     names = " or ".join(each.__name__ for each in chunks)
+    data: dict[str, Any] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": _ref(each)} for each in (*chunks, error)]},
+    }
     arguments["responses"][200]["content"]["text/event-stream"] = {
-        "schema": {
-            "type": "string",
-            "description": f"With `stream`: events, the data of each a {names}. An error on the way is one with an "
-            f"{error.__name__}. OpenAI's own endpoints for completions end with the data `[DONE]`.",
-            "contentMediaType": "text/event-stream",
-        },
-        # OpenAPI 3.2's place for the schema of one event.
+        # OpenAPI 3.2's place for the schema of one event; `schema` would be that of all of them.
         "itemSchema": {
             "type": "object",
+            "description": f"With `stream`: events, the data of each a {names}. An error on the way is one with an "
+            f"{error.__name__}." + (" The last one's data is `[DONE]`." if done else ""),
             "required": ["data"],
             "properties": {
                 "event": {"type": "string"},
-                "data": {
-                    "type": "string",
-                    "contentMediaType": "application/json",
-                    "contentSchema": {"anyOf": [{"$ref": _ref(each)} for each in (*chunks, error)]},
-                },
+                "data": {"anyOf": [{"const": "[DONE]"}, data]} if done else data,
             },
         },
     }

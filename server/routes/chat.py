@@ -45,7 +45,7 @@ def chat_router(generator: Generator, service: ChatService, served: ServedModel)
     @router.post(
         "/v1/chat/completions",
         summary="Continue a conversation",
-        **completion_docs(ChatCompletionRequest, ChatCompletion, ChatCompletionChunk),
+        **completion_docs(ChatCompletionRequest, ChatCompletion, ChatCompletionChunk, done=True),
     )
     async def create_chat_completion(request: Request) -> Response:
         body, ignored = await read_body(request, ChatCompletionRequest, UNSUPPORTED)

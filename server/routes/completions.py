@@ -43,7 +43,7 @@ def completions_router(generator: Generator, served: ServedModel) -> APIRouter:
     @router.post(
         "/v1/completions",
         summary="Continue a text",
-        **completion_docs(CompletionRequest, Completion, Completion),
+        **completion_docs(CompletionRequest, Completion, Completion, done=True),
     )
     async def create_completion(request: Request) -> Response:
         body, ignored = await read_body(request, CompletionRequest, UNSUPPORTED)

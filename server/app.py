@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from model.config import load_generation_defaults
 from scheduler.messages import EngineStats
 from server import openapi
+from server.address import is_loopback
 from server.admission import AdmissionGate
 from server.chat import ChatService
 from server.chat_template import load_chat_template
@@ -21,7 +22,7 @@ from server.errors import ApiError, handle_error
 from server.generation import Generator
 from server.grammar_check import GrammarChecker
 from server.metrics import Metrics
-from server.middleware import BodyMiddleware, DoorMiddleware, RequestMiddleware, is_loopback
+from server.middleware import BodyMiddleware, DoorMiddleware, RequestMiddleware
 from server.open_requests import OpenRequests
 from server.routes.admin import admin_router
 from server.routes.aliases import with_aliases

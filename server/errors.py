@@ -252,7 +252,7 @@ def invalid_fields(errors: Sequence[Mapping[str, object]]) -> BadRequest:
 
 
 def field_path(location: tuple[object, ...]) -> str:
-    """`("messages", 0, "<parts>", 1, "type")` -> `messages[0].content[1].type`; `<...>` are union branches."""
+    """`("messages", 0, "<list>", 1, "type")` -> `messages[0].content[1].type`; `<...>` are union branches."""
     path = ""
     for part in location:
         if isinstance(part, int):

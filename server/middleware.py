@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import logging
 import re
 import time
@@ -23,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import limits
+from server.address import is_loopback
 from server.errors import (
     ApiError,
     BadRequest,
@@ -191,15 +191,6 @@ class BodyMiddleware:
             return message
 
         await self._app(scope, receive_bounded, send)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _digest(key: str) -> bytes:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from server import limits
 from server.schemas import sampling
-from server.schemas.sampling import SamplingFields, StrictModel, integer
+from server.schemas.sampling import SamplingFields, StrictModel, integer, string_or_list
 from server.schemas.usage import AnswerTimings, FinishReason, PromptProgress, Usage
 
 
@@ -30,10 +30,6 @@ def _kind_of_part(value: object) -> str | None:
     return {"text": "<text>", "input_text": "<text>", "refusal": "<refusal>"}.get(str(kind))
 
 
-def _kind_of_content(value: object) -> str | None:
-    return "<string>" if isinstance(value, str) else "<parts>" if isinstance(value, list) else None
-
-
 def _kind_of_tool_choice(value: object) -> str | None:
     if isinstance(value, str):
         return "<word>"
@@ -50,9 +46,9 @@ Part = Annotated[
 ]
 Content = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[Annotated[list[Part], Field(max_length=int(limits.CONTENT_PARTS.maximum))], Tag("<parts>")],
+    | Annotated[Annotated[list[Part], Field(max_length=int(limits.CONTENT_PARTS.maximum))], Tag("<list>")],
     Discriminator(
-        _kind_of_content,
+        string_or_list,
         custom_error_type="content_type",
         custom_error_message="Input should be a string or a list of text parts",
     ),

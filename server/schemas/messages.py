@@ -8,7 +8,7 @@ import msgspec
 from pydantic import Discriminator, Field, Tag
 
 from server import limits
-from server.schemas.sampling import StopString, StrictModel, integer, number
+from server.schemas.sampling import StopString, StrictModel, integer, number, string_or_list
 
 # ---------------------------------------------------------------- request
 
@@ -36,10 +36,6 @@ class InputToolUse(StrictModel):
     input: dict[str, Any]
 
 
-def _string_or_list(value: object) -> str | None:
-    return "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
-
-
 def _kind_of(value: object, kinds: tuple[str, ...]) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if kind in kinds else None
@@ -49,7 +45,7 @@ TextContent = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[Annotated[list[InputTextBlock], Field(max_length=int(limits.CONTENT_PARTS.maximum))], Tag("<list>")],
     Discriminator(
-        _string_or_list,
+        string_or_list,
         custom_error_type="content_type",
         custom_error_message="Input should be a string or a list of text blocks",
     ),
@@ -79,7 +75,7 @@ Content = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[Annotated[list[Block], Field(max_length=int(limits.CONTENT_PARTS.maximum))], Tag("<list>")],
     Discriminator(
-        _string_or_list,
+        string_or_list,
         custom_error_type="content_type",
         custom_error_message="Input should be a string or a list of blocks",
     ),

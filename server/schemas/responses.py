@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag
 
 from server import limits
 from server.schemas.chat import ChatLogprob
-from server.schemas.sampling import StrictModel, integer, number
+from server.schemas.sampling import StrictModel, integer, number, string_or_list
 
 # ---------------------------------------------------------------- request
 
@@ -32,10 +32,6 @@ def _kind_of_part(value: object) -> str | None:
     return {"input_text": "<text>", "output_text": "<text>", "text": "<text>", "refusal": "<refusal>"}.get(str(kind))
 
 
-def _string_or_list(value: object) -> str | None:
-    return "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
-
-
 Part = Annotated[
     Annotated[InputText, Tag("<text>")] | Annotated[InputRefusal, Tag("<refusal>")],
     Discriminator(
@@ -48,7 +44,7 @@ Content = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[Annotated[list[Part], Field(max_length=int(limits.CONTENT_PARTS.maximum))], Tag("<list>")],
     Discriminator(
-        _string_or_list,
+        string_or_list,
         custom_error_type="content_type",
         custom_error_message="Input should be a string or a list of text parts",
     ),
@@ -112,7 +108,7 @@ Input = Annotated[
         Tag("<list>"),
     ],
     Discriminator(
-        _string_or_list,
+        string_or_list,
         custom_error_type="input_type",
         custom_error_message="Input should be a string or a list of items",
     ),

@@ -48,7 +48,8 @@ def _check_bias(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
-def _kind_of_stop(value: object) -> str | None:
+def string_or_list(value: object) -> str | None:
+    """The tag of a union's branch, for pydantic's Discriminator."""
     return "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
@@ -64,7 +65,7 @@ Stop = Annotated[
     Annotated[StopString, Tag("<string>")]
     | Annotated[Annotated[list[StopString], Field(max_length=int(limits.STOPS.maximum))], Tag("<list>")],
     Discriminator(
-        _kind_of_stop,
+        string_or_list,
         custom_error_type="stop_type",
         custom_error_message="Input should be a string or a list of strings",
     ),

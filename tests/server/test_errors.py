@@ -166,7 +166,7 @@ def test_many_errors_make_one_short_answer() -> None:
 
 
 def test_field_path() -> None:
-    assert field_path(("messages", 0, "content", "<parts>", 12, "<text>", "text")) == "messages[0].content[12].text"
+    assert field_path(("messages", 0, "content", "<list>", 12, "<text>", "text")) == "messages[0].content[12].text"
     assert field_path(()) == ""
 
 
@@ -183,9 +183,9 @@ def test_terminal_events() -> None:
     assert isinstance(error(FinishReason.REJECTED, code="context_length_exceeded"), ContextLengthExceeded)
     assert isinstance(error(FinishReason.REJECTED, code="other"), BadRequest)
     assert isinstance(error(FinishReason.ABORT), Unavailable)
-    failed = error(FinishReason.ERROR, message="/root/engine.py exploded", code="nan_logits")
+    failed = error(FinishReason.ERROR, message="/opt/engine.py exploded", code="nan_logits")
     assert isinstance(failed, InternalError)
-    assert (failed.code, "/root" in failed.message, "id-1" in failed.message) == ("nan_logits", False, True)
+    assert (failed.code, "/opt" in failed.message, "id-1" in failed.message) == ("nan_logits", False, True)
 
 
 def test_retry_after_is_a_header() -> None:

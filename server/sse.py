@@ -90,7 +90,6 @@ class EventStream(EventSourceResponse):
         super().__init__(
             events,
             headers=headers,
-            sep="\n",
             ping=KEEP_ALIVE_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             send_timeout=SEND_TIMEOUT_SECONDS,

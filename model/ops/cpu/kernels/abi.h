@@ -1,0 +1,91 @@
+// The library's C interface: everything that Python calls. Pointers are to memory that the caller keeps alive; sizes and
+// strides count elements. bf16 is uint16_t. Nothing allocates, throws or keeps a pointer, unless it says so.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LATENTD_ABI 1
+
+typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2 } latentd_format;
+
+int latentd_abi(void);
+// "avx512_bf16", "avx512", "avx2" or "portable": the best that this machine runs, unless another was asked for.
+const char* latentd_isa(void);
+// For tests. 0, or -1 where the machine does not run it or the library was built without it.
+int latentd_use_isa(const char* name);
+void latentd_set_threads(int threads);
+
+// A weight [N, K], K a multiple of 32, as the kernels read it: 64 rows side by side (missing ones are 0).
+size_t latentd_packed_bytes(latentd_format format, int64_t n, int64_t k);
+void latentd_pack(latentd_format format, const uint16_t* weight, int64_t n, int64_t k, void* packed);
+
+// y [M, N] = x [M, K] weight^T + bias + residual; bias [N] and residual [M, N] (its rows ldy apart) may be NULL.
+// y is bf16, or float where y_is_float is set (then residual is NULL). y may be residual.
+void latentd_linear(latentd_format format, const uint16_t* x, int64_t ldx, const void* weight, int64_t m, int64_t n,
+                    int64_t k, const uint16_t* bias, const uint16_t* residual, void* y, int64_t ldy, int y_is_float);
+
+// y = x / sqrt(mean(x^2) + eps) * weight, rows [M, D]; statistics in float32.
+void latentd_rms_norm(const uint16_t* x, int64_t ldx, const uint16_t* weight, float eps, int64_t m, int64_t d,
+                      uint16_t* y, int64_t ldy);
+
+// What a layer's attention of one step needs to know of the rows and of the cache.
+typedef struct {
+    int64_t rows, tokens;         // R, T
+    const int32_t* query_start;   // [R + 1]
+    const int32_t* context_lens;  // [R]
+    const int32_t* block_tables;  // [R, max_blocks]
+    int64_t max_blocks;
+    uint16_t* cache;              // [blocks, layers, block_size, rank + rope]
+    int64_t layers, block_size;
+    int64_t heads, rank, rope, nope, value;  // H, r, dr, dn, dv
+    float scale;
+} latentd_attention_shape;
+
+// The latents of the step's tokens into the cache, and the queries' rope part turned in place.
+// kv [T, rank + rope], rows ldkv apart; q_rope [T, H, rope] with strides; cosines and sines [T, rope / 2].
+void latentd_rope_and_cache(const latentd_attention_shape* shape, int64_t layer, const uint16_t* kv, int64_t ldkv,
+                            const uint16_t* norm_weight, float eps, const float* cosines, const float* sines,
+                            const int64_t* slot_mapping, uint16_t* q_rope, int64_t token_stride, int64_t head_stride);
+
+// output [T, H, dv]. q_nope [T, H, dn] and q_rope [T, H, dr] with strides. Packed bf16 weights of each head, one behind the
+// other: absorb [rank, nope] (W_UK transposed), expand [nope, rank] (W_UK), value [dv, rank] (W_UV).
+// Rows are attended absorbed or expanded, whichever needs fewer operations. workspace: latentd_attention_workspace bytes.
+size_t latentd_attention_workspace(const latentd_attention_shape* shape);
+void latentd_attention(const latentd_attention_shape* shape, int64_t layer, const uint16_t* q_nope,
+                       int64_t nope_token_stride, int64_t nope_head_stride, const uint16_t* q_rope,
+                       int64_t rope_token_stride, int64_t rope_head_stride, const void* absorb, const void* expand,
+                       const void* value, uint16_t* output, void* workspace);
+
+typedef struct {
+    int64_t experts, groups, top_groups, per_token;  // E, n_group, topk_group, k
+    int sigmoid;              // scores: softmax otherwise
+    int two_best_per_group;   // noaux_tc: a group is scored by its two best experts, else by its best one
+    int normalise;
+    float scaling;
+} latentd_router_shape;
+
+// The k experts of each token, in descending order of choice, and their weights [T, k]. weight [E, D], bias [E] or NULL.
+void latentd_router(const latentd_router_shape* shape, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d,
+                    const float* weight, const float* bias, int32_t* experts, float* weights);
+
+// y [T, D] = sum of each token's weighted experts, plus the shared MLP where shared_width is not 0, plus residual where
+// it is not NULL (y may be residual). Experts one behind the other: gate_up is two packed weights [I, D] each (gate first),
+// down one packed [D, I].
+size_t latentd_moe_workspace(int64_t tokens, int64_t d, int64_t width, int64_t experts, int64_t per_token,
+                             int64_t shared_width);
+void latentd_moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
+                 int64_t experts, int64_t per_token, const int32_t* chosen, const float* weights, const void* gate_up,
+                 const void* down, int64_t shared_width, const void* shared_gate_up, const void* shared_down,
+                 const uint16_t* residual, uint16_t* y, void* workspace);
+// down(silu(gate x) * up x): the dense layers' MLP, weights as one expert's above.
+void latentd_mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
+                 const void* gate_up, const void* down, const uint16_t* residual, uint16_t* y, void* workspace);
+
+#ifdef __cplusplus
+}
+#endif

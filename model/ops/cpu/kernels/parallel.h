@@ -1,0 +1,22 @@
+// The only place that knows of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace latentd {
+
+extern int num_threads;
+
+// Calls job(0) ... job(jobs - 1), each once, on up to num_threads threads; which one runs on which is left open, so a job
+// must not depend on others of the same call. Returns when all have ended.
+template <typename Job>
+inline void parallel_for(int64_t jobs, const Job& job) {
+    if (jobs <= 1 || num_threads <= 1) {
+        for (int64_t index = 0; index < jobs; index++) job(index);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int64_t index = 0; index < jobs; index++) job(index);
+}
+
+}  // namespace latentd

@@ -1,0 +1,67 @@
+// C = A B for a few rows and 64 columns: the inner loop of linear layers, experts and both products of attention.
+//
+// A [rows, K] bf16, row-major. B is packed: [K / 2][64][2] bf16, pairs of consecutive k beside each other, so that one
+// 32-bit lane of a register holds what `dot_pairs` multiplies. K is even. The sum over k runs from 0 upwards in pairs
+// whatever the number of rows is: a row's result does not depend on which rows it is computed with.
+#pragma once
+
+#include "vector.h"
+
+namespace ISA {
+
+constexpr int64_t COLUMNS = 64;
+
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 6;        // 24 accumulators, 4 of B, 1 of A: of 32 registers
+constexpr int64_t PASS_COLUMNS = 64;
+#else
+constexpr int TILE_ROWS = 3;        // of 16 registers of 8 numbers: 12 accumulators, 1 of A
+constexpr int64_t PASS_COLUMNS = 32;
+#endif
+constexpr int64_t PREFETCH_PAIRS = 8;
+
+// Rows of A are lda apart, those of C ldc. `add`: onto what C holds.
+template <int ROWS>
+LATENTD_INLINE void tile_rows(const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc, bool add) {
+    constexpr int VECTORS = PASS_COLUMNS / LANES;
+    for (int64_t first = 0; first < COLUMNS; first += PASS_COLUMNS) {
+        Float total[ROWS][VECTORS];
+        for (int row = 0; row < ROWS; row++)
+            for (int v = 0; v < VECTORS; v++)
+                total[row][v] = add ? load(c + row * ldc + first + v * LANES) : Float{};
+        const bf16* from = b + 2 * first;
+        for (int64_t pair = 0; pair < pairs; pair++, from += 2 * COLUMNS) {
+            Uint column[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                column[v] = load_as<Uint>(from + 2 * LANES * v);
+                // With one or two rows the loop waits for memory; with more, the next lines come by themselves.
+                if (ROWS <= 2) __builtin_prefetch(from + 2 * LANES * v + PREFETCH_PAIRS * 2 * COLUMNS, 0, 3);
+            }
+            for (int row = 0; row < ROWS; row++) {
+                uint32_t both;
+                memcpy(&both, a + row * lda + 2 * pair, sizeof both);
+                Uint spread = splat_bits(both);
+                for (int v = 0; v < VECTORS; v++) total[row][v] = dot_pairs(total[row][v], spread, column[v]);
+            }
+        }
+        for (int row = 0; row < ROWS; row++)
+            for (int v = 0; v < VECTORS; v++) store(c + row * ldc + first + v * LANES, total[row][v]);
+    }
+}
+
+// Any number of rows.
+inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc, bool add) {
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc)
+        tile_rows<TILE_ROWS>(a, lda, b, pairs, c, ldc, add);
+    switch (rows) {
+#if defined(__AVX512F__)
+        case 5: tile_rows<5>(a, lda, b, pairs, c, ldc, add); break;
+        case 4: tile_rows<4>(a, lda, b, pairs, c, ldc, add); break;
+        case 3: tile_rows<3>(a, lda, b, pairs, c, ldc, add); break;
+#endif
+        case 2: tile_rows<2>(a, lda, b, pairs, c, ldc, add); break;
+        case 1: tile_rows<1>(a, lda, b, pairs, c, ldc, add); break;
+    }
+}
+
+}  // namespace ISA

@@ -1,0 +1,149 @@
+// Sixteen numbers at a time, in the vector extensions of GCC and Clang: one source for every instruction set. Compiled
+// for AVX-512 they are one register, for AVX2 two, for anything else what the compiler makes of them. The few places
+// where an instruction has no spelling in the language are marked; each has a plain twin that computes the same.
+//
+// Every instruction set's copy of this code lives in a namespace of its own (ISA, given by the build), and nothing of the
+// standard library's templates is used in it: the linker would keep one copy for all, perhaps the wrong one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define LATENTD_INLINE inline __attribute__((always_inline))
+
+namespace ISA {
+
+using bf16 = uint16_t;
+typedef float Float __attribute__((vector_size(64)));
+typedef int32_t Int __attribute__((vector_size(64)));
+typedef uint32_t Uint __attribute__((vector_size(64)));
+typedef uint16_t Half __attribute__((vector_size(32)));
+constexpr int64_t LANES = 16;
+
+template <typename V, typename T>
+LATENTD_INLINE V load_as(const T* from) {
+    V value;
+    static_assert(sizeof(V) % sizeof(T) == 0, "whole elements");
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+LATENTD_INLINE Float load(const float* from) { return load_as<Float>(from); }
+LATENTD_INLINE void store(float* to, Float value) { memcpy(to, &value, sizeof value); }
+LATENTD_INLINE Float splat(float value) { return value - Float{}; }
+LATENTD_INLINE Uint splat_bits(uint32_t value) { return value + Uint{}; }
+
+template <typename To, typename From>
+LATENTD_INLINE To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From), "reinterpreted, not converted");
+    To result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+LATENTD_INLINE float to_float(bf16 value) {
+    uint32_t wide = uint32_t(value) << 16;
+    float result;
+    memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
+LATENTD_INLINE Float load(const bf16* from) {
+    return bits<Float>(__builtin_convertvector(load_as<Half>(from), Uint) << 16);
+}
+
+// Round to nearest, ties to even. A NaN stays one: the quiet bit is set, so that rounding cannot make it infinite.
+LATENTD_INLINE bf16 to_bf16(float value) {
+    uint32_t wide;
+    memcpy(&wide, &value, sizeof wide);
+    if ((wide & 0x7fffffff) > 0x7f800000) return bf16(wide >> 16 | 0x40);
+    return bf16((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
+
+LATENTD_INLINE Half to_bf16(Float value) {
+    Uint wide = bits<Uint>(value);
+    Uint rounded = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+    Int is_nan = bits<Int>((wide & 0x7fffffff) > 0x7f800000);
+    rounded = is_nan ? (wide >> 16 | 0x40) : rounded;
+    return __builtin_convertvector(rounded, Half);
+}
+
+LATENTD_INLINE void store(bf16* to, Float value) {
+    Half narrow = to_bf16(value);
+    memcpy(to, &narrow, sizeof narrow);
+}
+
+LATENTD_INLINE float sum(Float value) {
+    float total[LANES];
+    store(total, value);
+    // A fixed tree: the same order in every instruction set.
+    for (int64_t width = LANES / 2; width > 0; width /= 2)
+        for (int64_t lane = 0; lane < width; lane++) total[lane] += total[lane + width];
+    return total[0];
+}
+
+LATENTD_INLINE float largest(Float value) {
+    float best[LANES];
+    store(best, value);
+    for (int64_t width = LANES / 2; width > 0; width /= 2)
+        for (int64_t lane = 0; lane < width; lane++)
+            best[lane] = best[lane + width] > best[lane] ? best[lane + width] : best[lane];
+    return best[0];
+}
+
+LATENTD_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
+LATENTD_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+
+// total + a.low * b.low + a.high * b.high, pairs of bf16 in 32 bits each: what every matrix product here is made of.
+LATENTD_INLINE Float dot_pairs(Float total, Uint a, Uint b) {
+#if defined(__AVX512BF16__)
+    return bits<Float>(_mm512_dpbf16_ps(bits<__m512>(total), bits<__m512bh>(a), bits<__m512bh>(b)));
+#else
+    total += bits<Float>(a << 16) * bits<Float>(b << 16);
+    return total + bits<Float>(a & 0xffff0000) * bits<Float>(b & 0xffff0000);
+#endif
+}
+
+// total + the dot product of four unsigned bytes of a with four signed bytes of b, in each 32 bits.
+LATENTD_INLINE Int dot_bytes(Int total, Uint a, Uint b) {
+#if defined(__AVX512VNNI__)
+    return bits<Int>(_mm512_dpbusd_epi32(bits<__m512i>(total), bits<__m512i>(a), bits<__m512i>(b)));
+#else
+    Int signed_b = bits<Int>(b);
+    total += bits<Int>(a & 0xff) * (signed_b << 24 >> 24);
+    total += bits<Int>(a >> 8 & 0xff) * (signed_b << 16 >> 24);
+    total += bits<Int>(a >> 16 & 0xff) * (signed_b << 8 >> 24);
+    return total + bits<Int>(a >> 24) * (signed_b >> 24);
+#endif
+}
+
+// e^x within 2 units in the last place; 0 below -87, x above 88 is taken as 88. NaN gives NaN.
+LATENTD_INLINE Float exp(Float x) {
+    Int is_tiny = x < splat(-87.0f);
+    x = x > splat(88.0f) ? splat(88.0f) : x;
+    Float power = x * splat(1.44269504f);
+    // To the nearest whole number, by the rounding of the addition.
+    Float shifted = power + splat(12582912.0f);
+    Float whole = shifted - splat(12582912.0f);
+    Float rest = x - whole * splat(0.693359375f);  // ln 2 in two parts, so that the product is exact
+    rest = rest - whole * splat(-2.12194440e-4f);
+    Float result = splat(1.9875691500e-4f);  // Cephes' polynomial for e^rest, |rest| <= ln(2) / 2
+    result = result * rest + splat(1.3981999507e-3f);
+    result = result * rest + splat(8.3334519073e-3f);
+    result = result * rest + splat(4.1665795894e-2f);
+    result = result * rest + splat(1.6666665459e-1f);
+    result = result * rest + splat(5.0000001201e-1f);
+    result = result * rest * rest + rest + splat(1.0f);
+    Int exponent = (bits<Int>(shifted) - bits<Int>(splat(12582912.0f))) << 23;
+    Float scaled = bits<Float>(bits<Int>(result) + exponent);
+    return is_tiny ? Float{} : scaled;
+}
+
+LATENTD_INLINE Float silu(Float x) { return x / (splat(1.0f) + exp(-x)); }
+
+}  // namespace ISA

@@ -8,6 +8,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)  // all else stays inside the library
 
 #define LATENTD_ABI 1
 
@@ -70,8 +71,9 @@ typedef struct {
 } latentd_router_shape;
 
 // The k experts of each token, in descending order of choice, and their weights [T, k]. weight [E, D], bias [E] or NULL.
+size_t latentd_router_workspace(int64_t tokens, int64_t experts);
 void latentd_router(const latentd_router_shape* shape, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d,
-                    const float* weight, const float* bias, int32_t* experts, float* weights);
+                    const float* weight, const float* bias, int32_t* experts, float* weights, void* workspace);
 
 // y [T, D] = sum of each token's weighted experts, plus the shared MLP where shared_width is not 0, plus residual where
 // it is not NULL (y may be residual). Experts one behind the other: gate_up is two packed weights [I, D] each (gate first),
@@ -82,10 +84,12 @@ void latentd_moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t 
                  int64_t experts, int64_t per_token, const int32_t* chosen, const float* weights, const void* gate_up,
                  const void* down, int64_t shared_width, const void* shared_gate_up, const void* shared_down,
                  const uint16_t* residual, uint16_t* y, void* workspace);
-// down(silu(gate x) * up x): the dense layers' MLP, weights as one expert's above.
+// down(silu(gate x) * up x): the dense layers' MLP, weights as one expert's above. Workspace: that of a MoE of no experts
+// whose shared MLP it is.
 void latentd_mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
                  const void* gate_up, const void* down, const uint16_t* residual, uint16_t* y, void* workspace);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,26 @@
+// Weights as the kernels read them: panels of 64 rows of the weight, which are 64 columns of the product.
+//
+// A panel of a weight [N, K] is, of
+//   bf16: [K / 2][64][2] bf16, pairs of consecutive k beside each other;
+//   int8: for every group of 32 k, [8][64][4] bytes, w / scale + 128 of four consecutive k, then 64 bf16 scales;
+//   int4: for every group of 32 k, [4][64][4] bytes, whose low halves are w / scale + 8 of the k in [8 quad, 8 quad + 4)
+//         and whose high halves are those of the next four k; then 64 bf16 scales.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+
+namespace latentd {
+
+constexpr int64_t PANEL = 64;
+constexpr int64_t GROUP = 32;
+
+inline constexpr int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
+
+inline constexpr int64_t panel_bytes(latentd_format format, int64_t k) {
+    return format == LATENTD_BF16 ? k * PANEL * 2
+                                  : k / GROUP * (PANEL * GROUP / (format == LATENTD_INT8 ? 1 : 2) + PANEL * 2);
+}
+
+}  // namespace latentd

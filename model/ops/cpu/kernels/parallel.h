@@ -19,4 +19,16 @@ inline void parallel_for(int64_t jobs, const Job& job) {
     for (int64_t index = 0; index < jobs; index++) job(index);
 }
 
+// So few rows of cheap work are done by the caller alone: waking another thread would take longer.
+constexpr int64_t SMALL_ROWS = 16;
+
+// Calls job(start, stop) for ranges of at most `size` that cover 0 ... count.
+template <typename Job>
+inline void parallel_ranges(int64_t count, int64_t size, const Job& job) {
+    parallel_for((count + size - 1) / size, [&](int64_t index) {
+        int64_t stop = (index + 1) * size;
+        job(index * size, stop < count ? stop : count);
+    });
+}
+
 }  // namespace latentd

@@ -11,20 +11,21 @@ namespace ISA {
 
 constexpr int64_t COLUMNS = 64;
 
+// Accumulators of a row: with those of TILE_ROWS rows, B and A they fill the registers, 32 of AVX-512 and 16 of others.
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 6;        // 24 accumulators, 4 of B, 1 of A: of 32 registers
-constexpr int64_t PASS_COLUMNS = 64;
+constexpr int TILE_ROWS = 6;
+constexpr int vectors_of(int) { return 4; }
 #else
-constexpr int TILE_ROWS = 3;        // of 16 registers of 8 numbers: 12 accumulators, 1 of A
-constexpr int64_t PASS_COLUMNS = 32;
+constexpr int TILE_ROWS = 4;
+constexpr int vectors_of(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #endif
 constexpr int64_t PREFETCH_PAIRS = 8;
 
 // Rows of A are lda apart, those of C ldc. `add`: onto what C holds.
 template <int ROWS>
 LATENTD_INLINE void tile_rows(const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc, bool add) {
-    constexpr int VECTORS = PASS_COLUMNS / LANES;
-    for (int64_t first = 0; first < COLUMNS; first += PASS_COLUMNS) {
+    constexpr int VECTORS = vectors_of(ROWS);
+    for (int64_t first = 0; first < COLUMNS; first += VECTORS * LANES) {
         Float total[ROWS][VECTORS];
         for (int row = 0; row < ROWS; row++)
             for (int v = 0; v < VECTORS; v++)
@@ -57,8 +58,8 @@ inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_
 #if defined(__AVX512F__)
         case 5: tile_rows<5>(a, lda, b, pairs, c, ldc, add); break;
         case 4: tile_rows<4>(a, lda, b, pairs, c, ldc, add); break;
-        case 3: tile_rows<3>(a, lda, b, pairs, c, ldc, add); break;
 #endif
+        case 3: tile_rows<3>(a, lda, b, pairs, c, ldc, add); break;
         case 2: tile_rows<2>(a, lda, b, pairs, c, ldc, add); break;
         case 1: tile_rows<1>(a, lda, b, pairs, c, ldc, add); break;
     }

@@ -1,6 +1,6 @@
-// Sixteen numbers at a time, in the vector extensions of GCC and Clang: one source for every instruction set. Compiled
-// for AVX-512 they are one register, for AVX2 two, for anything else what the compiler makes of them. The few places
-// where an instruction has no spelling in the language are marked; each has a plain twin that computes the same.
+// A register of numbers, in the vector extensions of GCC and Clang: one source for every instruction set. Its width is the
+// instruction set's own: compilers keep wider ones in memory. The few places where an instruction has no spelling in the
+// language are marked; each has a plain twin that computes the same.
 //
 // Every instruction set's copy of this code lives in a namespace of its own (ISA, given by the build), and nothing of the
 // standard library's templates is used in it: the linker would keep one copy for all, perhaps the wrong one.
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -18,12 +18,20 @@
 
 namespace ISA {
 
-using bf16 = uint16_t;
-typedef float Float __attribute__((vector_size(64)));
-typedef int32_t Int __attribute__((vector_size(64)));
-typedef uint32_t Uint __attribute__((vector_size(64)));
-typedef uint16_t Half __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;  // SSE2, NEON
+#endif
+
+using bf16 = uint16_t;
+typedef float Float __attribute__((vector_size(4 * LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Uint __attribute__((vector_size(4 * LANES)));
+typedef int16_t Short __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 
 template <typename V, typename T>
 LATENTD_INLINE V load_as(const T* from) {
@@ -81,7 +89,7 @@ LATENTD_INLINE void store(bf16* to, Float value) {
 LATENTD_INLINE float sum(Float value) {
     float total[LANES];
     store(total, value);
-    // A fixed tree: the same order in every instruction set.
+    // A fixed tree, whatever the compiler would prefer.
     for (int64_t width = LANES / 2; width > 0; width /= 2)
         for (int64_t lane = 0; lane < width; lane++) total[lane] += total[lane + width];
     return total[0];
@@ -109,16 +117,26 @@ LATENTD_INLINE Float dot_pairs(Float total, Uint a, Uint b) {
 #endif
 }
 
+// a.low * b.low + a.high * b.high, pairs of 16-bit integers.
+LATENTD_INLINE Int multiply_pairs(Short a, Short b) {
+#if defined(__AVX512BW__)
+    return bits<Int>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<Int>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+    Int pairs_a = bits<Int>(a), pairs_b = bits<Int>(b);
+    return (pairs_a << 16 >> 16) * (pairs_b << 16 >> 16) + (pairs_a >> 16) * (pairs_b >> 16);
+#endif
+}
+
 // total + the dot product of four unsigned bytes of a with four signed bytes of b, in each 32 bits.
 LATENTD_INLINE Int dot_bytes(Int total, Uint a, Uint b) {
 #if defined(__AVX512VNNI__)
     return bits<Int>(_mm512_dpbusd_epi32(bits<__m512i>(total), bits<__m512i>(a), bits<__m512i>(b)));
 #else
-    Int signed_b = bits<Int>(b);
-    total += bits<Int>(a & 0xff) * (signed_b << 24 >> 24);
-    total += bits<Int>(a >> 8 & 0xff) * (signed_b << 16 >> 24);
-    total += bits<Int>(a >> 16 & 0xff) * (signed_b << 8 >> 24);
-    return total + bits<Int>(a >> 24) * (signed_b >> 24);
+    // The even bytes, then the odd ones: the instruction for bytes would saturate.
+    total += multiply_pairs(bits<Short>(a & 0x00ff00ff), bits<Short>(b) << 8 >> 8);
+    return total + multiply_pairs(bits<Short>(a >> 8 & 0x00ff00ff), bits<Short>(b) >> 8);
 #endif
 }
 

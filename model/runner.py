@@ -32,7 +32,13 @@ class ModelRunner:
     """One loaded model with its latent pool and `max_num_seqs` rows. Not thread-safe: one thread executes."""
 
     def __init__(
-        self, model: DeepseekForCausalLM, cache: LatentCache, rows: Rows, checkpoint: Checkpoint, max_model_len: int
+        self,
+        model: DeepseekForCausalLM,
+        cache: LatentCache,
+        rows: Rows,
+        checkpoint: Checkpoint,
+        max_model_len: int,
+        weight_bytes: int,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -44,7 +50,7 @@ class ModelRunner:
         self.eos_token_ids = model.config.eos_token_ids
         self.num_blocks = cache.num_blocks
         self.cache_bytes_per_token = cache.block_bytes // BLOCK_SIZE
-        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self.weight_bytes = weight_bytes
         self.device = str(cache.data.device)
         self.dtype = str(cache.data.dtype).removeprefix("torch.")
         self.ops = model.ops.name
@@ -160,12 +166,11 @@ def load_runner(
         kv_cache_memory=kv_cache_memory,
     )
     model = DeepseekForCausalLM(config, EagerOps(), torch_dtype, torch_device)
-    load_weights(model, checkpoint, torch_dtype, torch_device, progress)
-    model.prepare()
+    load_weights(model, checkpoint, torch_dtype, torch_device, progress, model.loaded)
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
     rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids)
-    runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len)
+    runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len, weight_bytes)
     runner.warm_up(max_num_batched_tokens)
     logger.info(
         "%s in %s on %s: %s of weights, %s of latent cache (%d blocks of %d tokens), at most %d tokens a request",

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,14 +31,20 @@ _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: bool
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+    loaded: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Fills every parameter of `model` from `checkpoint`, each exactly once.
 
     `model` was allocated in `dtype` on `device`; its parameters have the hub's names, except that a layer's routed
     experts are stacked: `experts.gate_up_proj` [E, 2I, D] (gate rows first) and `experts.down_proj` [E, D, I].
     A parameter's own type decides what its weights become: router weights and correction biases stay float32.
-    `progress` draws a bar of bytes on stderr.
+    `progress` draws a bar of bytes on stderr; `loaded` is called with the name of each parameter that is complete, and
+    may take it away.
 
     Raises CheckpointError for a norm weight or bias that is not finite and for a file that has shrunk since its header
     was read, RuntimeError where model and checkpoint do not have the same tensors.
@@ -45,6 +52,7 @@ def load_weights(
     if dtype is torch.float16 and checkpoint.config.model_type == "deepseek_v2":
         logger.warning("float16 overflows in deep DeepSeek-V2 models; bfloat16 has the range they need")
     parameters = dict(model.state_dict())
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     filled: Counter[str] = Counter()
     bar = tqdm(
         total=checkpoint.weight_bytes,
@@ -64,7 +72,10 @@ def load_weights(
                     _copy(mapping, tensor, target)
                     filled[name] += target.numel()
                     bar.update(tensor.nbytes)
-    unfilled = [name for name, parameter in parameters.items() if filled[name] != parameter.numel()]
+                    if filled[name] == sizes[name]:
+                        del target, parameters[name]
+                        loaded(name)
+    unfilled = [name for name, size in sizes.items() if filled[name] != size]
     if unfilled:
         raise RuntimeError(f"parameters not filled exactly once: {', '.join(unfilled[:3])}")
 

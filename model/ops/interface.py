@@ -18,15 +18,44 @@ from model.latent_cache import LatentCache
 from model.rotary import Rotation
 
 
-class SwigluWeights(NamedTuple):
-    """down(silu(gate x) * up x)."""
+class PackedWeight(NamedTuple):
+    """A weight as the kernels of one implementation read it; nobody else looks inside."""
 
-    gate: Tensor
-    """[I, D]"""
-    up: Tensor
-    """[I, D]"""
-    down: Tensor
-    """[D, I]"""
+    data: Tensor
+    """[bytes] uint8"""
+    format: int
+    out_features: int
+    in_features: int
+
+
+LinearWeight = Tensor | PackedWeight
+"""[out, in], or several of them one behind the other: what `Ops.pack` made of a checkpoint's tensor."""
+
+
+def unpacked(weight: LinearWeight) -> Tensor:
+    """A weight that `pack` has left a tensor."""
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+class SwigluWeights(NamedTuple):
+    """down(silu(gate x) * up x), of one MLP or of E experts."""
+
+    gate_up: LinearWeight
+    """[2I, D], gate rows first; experts [E, 2I, D]"""
+    down: LinearWeight
+    """[D, I]; experts [E, D, I]"""
+
+
+class LatentWeights(NamedTuple):
+    """kv_b_proj by head: W_UK rebuilds keys from latents, W_UV values (DeepSeek-V2, 2.1.2)."""
+
+    absorb: LinearWeight
+    """[H, r, dn]: W_UK transposed; carries queries into the latent space."""
+    expand: LinearWeight
+    """[H, dn, r]: W_UK"""
+    value: LinearWeight
+    """[H, dv, r]: W_UV"""
 
 
 class Routing(NamedTuple):
@@ -39,8 +68,8 @@ class Routing(NamedTuple):
 class StepAttention(Protocol):
     """Attention of one step: what depends only on the step's rows was prepared when it was made."""
 
-    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
-        """q_nope [T, H, dn], q_rope [T, H, dr] (rotated), w_uk [H, dn, r], w_uv [H, dv, r] -> [T, H, dv].
+    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights) -> Tensor:
+        """q_nope [T, H, dn], q_rope [T, H, dr] (rotated) -> [T, H, dv].
 
         Every token sees the tokens of its row at its own position and before, all read from the latent
         cache (`rope_and_cache` of this layer ran before). How is the implementation's choice, row by row:
@@ -57,8 +86,26 @@ class Ops(Protocol):
         """`eager`, `cpu` or `cuda`."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] -> [..., out]."""
+    def pack(self, weight: Tensor) -> LinearWeight:
+        """[out, in] as `linear` wants it; perhaps the same tensor. The caller drops its own."""
+        ...
+
+    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
+        """The weights of one MLP or of E experts as `mlp` and `moe` want them, likewise."""
+        ...
+
+    def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
+        """w_uk [H, dn, r] and w_uv [H, dv, r] as `attention` wants them, likewise; strided views are welcome."""
+        ...
+
+    def linear(
+        self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x [T, in] -> [T, out], on top of residual [T, out]."""
+        ...
+
+    def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """x [S, in] -> [S, out] float32."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -86,8 +133,8 @@ class Ops(Protocol):
         """Prepares what all layers' attention of this step share; called once a step."""
         ...
 
-    def mlp(self, x: Tensor, weights: SwigluWeights) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
+        """[T, D] -> [T, D], on top of residual [T, D]."""
         ...
 
     def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
@@ -95,9 +142,9 @@ class Ops(Protocol):
         ...
 
     def moe(
-        self, x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, shared: SwigluWeights | None
+        self, x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor
     ) -> Tensor:
-        """Weighted sum of each token's experts (gate_up_proj [E, 2I, D], gate rows first; down_proj [E, D, I])
-        plus the shared experts, which are one MLP, unscaled. [T, D] -> [T, D].
+        """Weighted sum of each token's experts plus the shared experts, which are one MLP, unscaled, on top of
+        residual [T, D]. [T, D] -> [T, D].
         """
         ...

@@ -16,7 +16,7 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager import attention
 from model.ops.eager.ops import EagerOps
-from model.ops.interface import Routing, SwigluWeights
+from model.ops.interface import Routing, SwigluWeights, unpacked
 from model.rotary import Rotation, inverse_frequencies, rotate_pairs, rotation
 
 CONFIG = DeepseekConfig(
@@ -116,7 +116,7 @@ def attend(rows: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) 
     # ... and the layer writes this step's own latents before it attends.
     own = torch.cat([c[-(b - a) :] for c, a, b in zip(contexts, step.query_start, step.query_start[1:], strict=False)])
     cache.data[step.slot_mapping // BLOCK_SIZE, layer, step.slot_mapping % BLOCK_SIZE] = own
-    found = call(layer, q_nope, q_rope, w_uk, w_uv)
+    found = call(layer, q_nope, q_rope, OPS.pack_latent(w_uk, w_uv))
 
     expected = []
     for r, context in enumerate(contexts):
@@ -222,8 +222,10 @@ def test_the_workspace_does_not_grow_with_the_context() -> None:
             0,
             randn(514, heads, CONFIG.qk_nope_head_dim),
             randn(514, heads, CONFIG.qk_rope_head_dim),
-            randn(heads, CONFIG.qk_nope_head_dim, CONFIG.kv_lora_rank),
-            randn(heads, CONFIG.v_head_dim, CONFIG.kv_lora_rank),
+            OPS.pack_latent(
+                randn(heads, CONFIG.qk_nope_head_dim, CONFIG.kv_lora_rank),
+                randn(heads, CONFIG.v_head_dim, CONFIG.kv_lora_rank),
+            ),
         )
     assert 0 < largest.nbytes <= 4 * attention.WORKSPACE
 
@@ -243,8 +245,10 @@ def test_a_poisoned_neighbour_or_a_reused_block_does_not_spread() -> None:
         0,
         randn(3, heads, CONFIG.qk_nope_head_dim),
         randn(3, heads, CONFIG.qk_rope_head_dim),
-        randn(heads, CONFIG.qk_nope_head_dim, CONFIG.kv_lora_rank),
-        randn(heads, CONFIG.v_head_dim, CONFIG.kv_lora_rank),
+        OPS.pack_latent(
+            randn(heads, CONFIG.qk_nope_head_dim, CONFIG.kv_lora_rank),
+            randn(heads, CONFIG.v_head_dim, CONFIG.kv_lora_rank),
+        ),
     )
     assert found[:2].isfinite().all()
     assert found[2].isnan().all()
@@ -333,10 +337,9 @@ def test_router_multiplies_in_float32_whatever_the_activations_are() -> None:
 def experts_of(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, SwigluWeights]:
     hidden, width, num = CONFIG.hidden_size, CONFIG.moe_intermediate_size, CONFIG.n_routed_experts
     gate_up, down = randn(num, 2 * width, hidden, seed=3) * 0.2, randn(num, hidden, width, seed=4) * 0.3
-    shared = SwigluWeights(
-        randn(width, hidden, seed=5) * 0.2, randn(width, hidden, seed=6) * 0.2, randn(hidden, width, seed=7) * 0.3
-    )
-    return gate_up.to(dtype), down.to(dtype), SwigluWeights(*(w.to(dtype) for w in shared))
+    shared_gate_up = torch.cat((randn(width, hidden, seed=5), randn(width, hidden, seed=6))) * 0.2
+    shared_down = randn(hidden, width, seed=7) * 0.3
+    return gate_up.to(dtype), down.to(dtype), SwigluWeights(shared_gate_up.to(dtype), shared_down.to(dtype))
 
 
 def moe_by_hand(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, shared: SwigluWeights | None) -> Tensor:
@@ -348,7 +351,8 @@ def moe_by_hand(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, shar
             gate, up = (gate_up[expert] @ x[token]).chunk(2)
             result[token] += weight * (down[expert] @ (silu(gate) * up))
         if shared is not None:
-            s_gate, s_up, s_down = (w.double() for w in shared)
+            s_gate, s_up = unpacked(shared.gate_up).double().chunk(2)
+            s_down = unpacked(shared.down).double()
             result[token] += s_down @ (silu(s_gate @ x[token]) * (s_up @ x[token]))
     return result
 
@@ -360,7 +364,7 @@ def test_moe(num_tokens: int, with_shared: bool) -> None:
     gate_up, down, shared_weights = experts_of()
     shared = shared_weights if with_shared else None
     routing = OPS.router(x, randn(CONFIG.n_routed_experts, CONFIG.hidden_size, seed=1), None, CONFIG)
-    found = OPS.moe(x, routing, gate_up, down, shared)
+    found = OPS.moe(x, routing, SwigluWeights(gate_up, down), shared, torch.zeros_like(x))
     assert (found - moe_by_hand(x, routing, gate_up, down, shared)).abs().max() < 1e-4
 
 
@@ -370,7 +374,7 @@ def test_moe_runs_only_the_experts_that_are_hit() -> None:
     gate_up[5:], down[5:] = torch.nan, torch.nan
     routing = Routing(torch.tensor([[0, 2, 4], [4, 1, 0]]), torch.full((2, 3), 0.5))
     x = randn(2, CONFIG.hidden_size)
-    found = OPS.moe(x, routing, gate_up, down, None)
+    found = OPS.moe(x, routing, SwigluWeights(gate_up, down), None, torch.zeros_like(x))
     assert (found - moe_by_hand(x, routing, gate_up, down, None)).abs().max() < 1e-4
 
 
@@ -380,8 +384,9 @@ def test_moe_sums_experts_in_float32() -> None:
     gate_up[1], down[1] = gate_up[0], -down[0]
     routing = Routing(torch.tensor([[0, 2, 1]]), torch.tensor([[1000.0, 1.0, 1000.0]]))
     x = randn(1, CONFIG.hidden_size).bfloat16()
-    only = OPS.moe(x, Routing(torch.tensor([[2]]), torch.ones(1, 1)), gate_up, down, None)
-    found = OPS.moe(x, routing, gate_up, down, None)
+    third = Routing(torch.tensor([[2]]), torch.ones(1, 1))
+    only = OPS.moe(x, third, SwigluWeights(gate_up, down), None, torch.zeros_like(x))
+    found = OPS.moe(x, routing, SwigluWeights(gate_up, down), None, torch.zeros_like(x))
     assert found.dtype == torch.bfloat16
     assert (found - only).abs().max() <= 0.01 * only.abs().max()
 
@@ -391,4 +396,4 @@ def test_mlp() -> None:
     x = randn(3, CONFIG.hidden_size)
     none = Routing(torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0))
     expected = moe_by_hand(x, none, *experts_of()[:2], weights)
-    assert (OPS.mlp(x, weights) - expected).abs().max() < 1e-5
+    assert (OPS.mlp(x, weights, torch.zeros_like(x)) - expected).abs().max() < 1e-5

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.interface import LatentWeights, unpacked
 
 WORKSPACE = 1 << 20
 """Numbers the largest intermediate of a chunk of keys (scores, gathered latents, expanded keys) should have: 4 MB of
@@ -65,7 +66,8 @@ class EagerAttention:
         begun = step.slot_mapping[step.slot_mapping % BLOCK_SIZE == 0] // BLOCK_SIZE
         cache.data.index_fill_(0, begun, 0)
 
-    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, w_uk: Tensor, w_uv: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights) -> Tensor:
+        w_uk, w_uv = unpacked(weights.expand), unpacked(weights.value)
         output = q_nope.new_empty((*q_nope.shape[:2], self._config.v_head_dim))
         for group in self._groups:
             attend = self.mla_prefill if group.expand else self.mla_attention

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DeepseekConfig
-from model.ops.interface import Routing, SwigluWeights
+from model.ops.interface import Routing, SwigluWeights, unpacked
 
 
 def mlp(x: Tensor, weights: SwigluWeights) -> Tensor:
-    return F.linear(F.silu(F.linear(x, weights.gate)) * F.linear(x, weights.up), weights.down)
+    gate, up = F.linear(x, unpacked(weights.gate_up)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, unpacked(weights.down))
 
 
 def router(x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
@@ -43,23 +44,24 @@ def _within_best_groups(choice: Tensor, config: DeepseekConfig) -> Tensor:
     return groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
 
 
-def moe(x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, shared: SwigluWeights | None) -> Tensor:
+def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None) -> Tensor:
     """Pairs of token and expert are sorted by expert, so that each expert that is hit runs once, on a contiguous slice.
 
     A token's experts are summed in the router's order in float32, so that the sum does not depend on its neighbours.
     """
+    gate_up, down = unpacked(experts.gate_up), unpacked(experts.down)
     num_tokens, per_token = routing.experts.shape
     chosen, order = routing.experts.flatten().sort()
     pairs = x[order // per_token]
-    counts = torch.bincount(chosen, minlength=gate_up_proj.shape[0]).tolist()
+    counts = torch.bincount(chosen, minlength=gate_up.shape[0]).tolist()
     outputs = torch.empty_like(pairs)
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
             continue
         stop = start + count
-        gate, up = F.linear(pairs[start:stop], gate_up_proj[expert]).chunk(2, dim=-1)
-        torch.mm(F.silu(gate) * up, down_proj[expert].t(), out=outputs[start:stop])
+        gate, up = F.linear(pairs[start:stop], gate_up[expert]).chunk(2, dim=-1)
+        torch.mm(F.silu(gate) * up, down[expert].t(), out=outputs[start:stop])
         start = stop
     by_token = torch.empty_like(outputs)
     by_token[order] = outputs

@@ -9,17 +9,34 @@ from torch import Tensor
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
-from model.ops.eager import experts
 from model.ops.eager.attention import EagerAttention
-from model.ops.interface import Routing, SwigluWeights
+from model.ops.eager.experts import mlp, moe, router
+from model.ops.interface import LatentWeights, LinearWeight, Routing, SwigluWeights, unpacked
 from model.rotary import Rotation, rotate_pairs
 
 
 class EagerOps:
     name = "eager"
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
+        return SwigluWeights(gate_up, down)
+
+    def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
+        # Copies, since a batched product over heads would copy strided views in every step.
+        expand = w_uk.contiguous()
+        return LatentWeights(expand.transpose(1, 2), expand, w_uv.contiguous())
+
+    def linear(
+        self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        y = F.linear(x, unpacked(weight), bias)
+        return y if residual is None else residual + y
+
+    def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        return F.linear(x, unpacked(weight)).float()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -46,13 +63,13 @@ class EagerOps:
     def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> EagerAttention:
         return EagerAttention(step, cache, config)
 
-    def mlp(self, x: Tensor, weights: SwigluWeights) -> Tensor:
-        return experts.mlp(x, weights)
+    def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
+        return residual + mlp(x, weights)
 
     def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
-        return experts.router(x, weight, correction_bias, config)
+        return router(x, weight, correction_bias, config)
 
     def moe(
-        self, x: Tensor, routing: Routing, gate_up_proj: Tensor, down_proj: Tensor, shared: SwigluWeights | None
+        self, x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor
     ) -> Tensor:
-        return experts.moe(x, routing, gate_up_proj, down_proj, shared)
+        return residual + moe(x, routing, experts, shared)

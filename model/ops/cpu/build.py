@@ -21,7 +21,8 @@ LIBRARY = Path(__file__).parent / "libkernels.so"
 
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-Wall"),
+    # GCC 12 takes its own intrinsics' undefined operands for mistakes.
+    *("-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 # Best first: the library takes the first that the machine runs.

@@ -3,11 +3,10 @@
 // A panel of a weight [N, K] is, of
 //   bf16: [K / 2][64][2] bf16, pairs of consecutive k beside each other;
 //   int8: for every group of 32 k, [8][64][4] bytes, w / scale + 128 of four consecutive k, then 64 bf16 scales;
-//   int4: for every group of 32 k, [4][64][4] bytes, whose low halves are w / scale + 8 of the k in [8 quad, 8 quad + 4)
-//         and whose high halves are those of the next four k; then 64 bf16 scales.
+//   int4: for every group of 32 k, [4][64][4] bytes, whose low halves are w / scale + 8 of the k in [8 i, 8 i + 4), i the
+//         first index, and whose high halves are those of the next four k; then 64 bf16 scales.
+// Weights are unsigned because the instruction for bytes wants one side to be.
 #pragma once
-
-#include <cstdint>
 
 #include "abi.h"
 
@@ -16,11 +15,16 @@ namespace latentd {
 constexpr int64_t PANEL = 64;
 constexpr int64_t GROUP = 32;
 
-inline constexpr int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
+// The number of a group that stands for 0.
+constexpr int32_t zero_of(latentd_format format) { return format == LATENTD_INT8 ? 128 : 8; }
 
-inline constexpr int64_t panel_bytes(latentd_format format, int64_t k) {
-    return format == LATENTD_BF16 ? k * PANEL * 2
-                                  : k / GROUP * (PANEL * GROUP / (format == LATENTD_INT8 ? 1 : 2) + PANEL * 2);
+// Of a panel's group: its weights, and with its scales.
+constexpr int64_t weight_bytes(latentd_format format) { return PANEL * GROUP / (format == LATENTD_INT8 ? 1 : 2); }
+constexpr int64_t group_bytes(latentd_format format) { return weight_bytes(format) + PANEL * 2; }
+
+constexpr int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
+constexpr int64_t panel_bytes(latentd_format format, int64_t k) {
+    return format == LATENTD_BF16 ? k * PANEL * 2 : k / GROUP * group_bytes(format);
 }
 
 }  // namespace latentd

@@ -1,0 +1,133 @@
+// Weights [N, K] into panels, and the choice of scales. Done once, when a model is loaded.
+#pragma once
+
+#include "packed.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace ISA {
+
+using latentd::GROUP;
+using latentd::PANEL;
+
+// A group of as many rows as a vector has lanes: `values[k]` holds number k of every row.
+struct GroupOfRows {
+    Float values[GROUP];
+};
+
+// A scale a lane, and what an int4 scale is judged by: how much of the squares it explains.
+struct Scales {
+    Float scale, explained;
+};
+
+LATENTD_INLINE Float rounded(Float value) { return value + splat(12582912.0f) - splat(12582912.0f); }
+
+LATENTD_INLINE Float magnitude(Float value) { return bits<Float>(bits<Uint>(value) & 0x7fffffff); }
+
+// Of a scale that is 0, 0: all of its group is.
+LATENTD_INLINE Float inverse(Float scale) { return scale == 0.0f ? Float{} : splat(1.0f) / scale; }
+
+LATENTD_INLINE Float as_bf16(Float value) { return bits<Float>(__builtin_convertvector(to_bf16(value), Uint) << 16); }
+
+// Numbers as the group counts them, its zero at 0. NaN becomes the lowest; the scale is NaN as well then.
+LATENTD_INLINE Float counted(Float value, Float inverse_scale, float lowest, float highest) {
+    return min(max(rounded(value * inverse_scale), splat(lowest)), splat(highest));
+}
+
+// The number of largest magnitude, with its sign. NaN where there is one.
+LATENTD_INLINE Float extreme(const GroupOfRows& group) {
+    Float best = group.values[0];
+    for (int64_t k = 1; k < GROUP; k++) {
+        Float value = group.values[k];
+        best = magnitude(best) >= magnitude(value) || best != best ? best : value;
+    }
+    return best;
+}
+
+// Numbers of a group counted with a tried scale are q; the scale that fits those best is sum(w q) / sum(q q), and with it
+// sum(w w) - sum(w q)^2 / sum(q q) is left as squared error.
+LATENTD_INLINE Scales fitted(const GroupOfRows& group, Float tried) {
+    Float inverse_scale = inverse(tried), products = {}, squares = {};
+    for (int64_t k = 0; k < GROUP; k++) {
+        Float q = counted(group.values[k], inverse_scale, -8.0f, 7.0f);
+        products += group.values[k] * q;
+        squares += q * q;
+    }
+    Float scale = products * inverse(squares);
+    return {scale, products * scale};
+}
+
+// Four bits have 16 numbers, one more below 0 than above: both signs are tried, each with the extreme number between a bit
+// outside of what can be counted and well inside.
+LATENTD_INLINE Float int4_scale(const GroupOfRows& group) {
+    Float largest = extreme(group);
+    Scales best = fitted(group, largest * splat(-1.0f / 8.0f));
+    for (int step = 0; step < 14; step++) {
+        float reach = 5.5f + 0.25f * float(step);
+        for (float sign = -1.0f; sign <= 1.0f; sign += 2.0f) {
+            Scales other = fitted(group, largest * splat(sign / reach));
+            Int better = other.explained > best.explained;
+            best.scale = better ? other.scale : best.scale;
+            best.explained = better ? other.explained : best.explained;
+        }
+    }
+    return largest == largest ? best.scale : largest;
+}
+
+// Rows [first, first + LANES) of a panel, those from `rows` on are 0.
+LATENTD_INLINE GroupOfRows read_group(const bf16* weight, int64_t rows, int64_t k, int64_t first) {
+    float lines[GROUP][LANES] = {};
+    for (int64_t row = first; row < first + LANES && row < rows; row++)
+        for (int64_t i = 0; i < GROUP; i++) lines[i][row - first] = to_float(weight[row * k + i]);
+    GroupOfRows group;
+    for (int64_t i = 0; i < GROUP; i++) group.values[i] = load(lines[i]);
+    return group;
+}
+
+template <latentd_format FORMAT>
+inline void pack_group(const bf16* weight, int64_t rows, int64_t k, uint8_t* to) {
+    constexpr bool HALVES = FORMAT == LATENTD_INT4;
+    constexpr float ZERO = latentd::zero_of(FORMAT);
+    bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(FORMAT));
+    for (int64_t first = 0; first < PANEL; first += LANES) {
+        GroupOfRows group = read_group(weight, rows, k, first);
+        Float scale = HALVES ? int4_scale(group) : magnitude(extreme(group)) * splat(1.0f / 127.0f);
+        scale = as_bf16(scale);
+        store(scales + first, scale);
+        Float inverse_scale = inverse(scale);
+        Uint numbers[GROUP];
+        for (int64_t i = 0; i < GROUP; i++)
+            numbers[i] = bits<Uint>(__builtin_convertvector(
+                counted(group.values[i], inverse_scale, HALVES ? -8.0f : -127.0f, HALVES ? 7.0f : 127.0f) + splat(ZERO), Int));
+        for (int64_t quad = 0; quad < GROUP / 4; quad += HALVES ? 2 : 1) {
+            Uint packed = {};
+            for (int64_t i = 0; i < 4; i++) {
+                packed |= numbers[4 * quad + i] << uint32_t(8 * i);
+                if (HALVES) packed |= numbers[4 * quad + 4 + i] << uint32_t(8 * i + 4);
+            }
+            memcpy(to + (HALVES ? quad / 2 : quad) * 4 * PANEL + 4 * first, &packed, sizeof packed);
+        }
+    }
+}
+
+inline void pack_pairs(const bf16* weight, int64_t rows, int64_t k, bf16* to) {
+    for (int64_t pair = 0; pair < k / 2; pair++, to += 2 * PANEL) {
+        for (int64_t row = 0; row < rows; row++) memcpy(to + 2 * row, weight + row * k + 2 * pair, 4);
+        memset(to + 2 * rows, 0, size_t(4 * (PANEL - rows)));
+    }
+}
+
+inline void pack(latentd_format format, const bf16* weight, int64_t n, int64_t k, void* packed) {
+    latentd::parallel_for(latentd::panels(n), [=](int64_t panel) {
+        const bf16* from = weight + panel * PANEL * k;
+        uint8_t* to = static_cast<uint8_t*>(packed) + panel * latentd::panel_bytes(format, k);
+        int64_t rows = n - panel * PANEL < PANEL ? n - panel * PANEL : PANEL;
+        if (format == LATENTD_BF16) return pack_pairs(from, rows, k, reinterpret_cast<bf16*>(to));
+        for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(format)) {
+            if (format == LATENTD_INT8) pack_group<LATENTD_INT8>(from + i, rows, k, to);
+            else pack_group<LATENTD_INT4>(from + i, rows, k, to);
+        }
+    });
+}
+
+}  // namespace ISA

@@ -7,15 +7,17 @@
 
 namespace ISA {
 
+// Tokens and experts multiplied together: as many sums as registers hold.
 #if defined(__AVX512F__)
-constexpr int LOGIT_BLOCK = 4;  // tokens and experts multiplied together: as many sums as registers hold
+constexpr int LOGIT_TOKENS = 4;
 #else
-constexpr int LOGIT_BLOCK = 2;
+constexpr int LOGIT_TOKENS = 2;
 #endif
+constexpr int LOGIT_EXPERTS = 4;
 constexpr int64_t EXPERTS_A_JOB = 32;
 
-// Of a token: scores, what experts are chosen by, and the groups' scores.
-LATENTD_INLINE int64_t router_stride(int64_t experts) { return (experts + LANES - 1) / LANES * LANES; }
+// The workspace has three rows of this length for each token: its scores, what experts are chosen by, and its groups.
+LATENTD_INLINE int64_t router_stride(int64_t experts) { return (experts + 15) / 16 * 16; }
 
 inline size_t router_workspace(int64_t tokens, int64_t experts) {
     return size_t(3 * tokens * router_stride(experts)) * sizeof(float);
@@ -23,7 +25,8 @@ inline size_t router_workspace(int64_t tokens, int64_t experts) {
 
 // The sum over d is made in the same order whatever the block is.
 template <int TOKENS, int EXPERTS>
-LATENTD_INLINE void logit_block(const bf16* x, int64_t ldx, const float* weight, int64_t d, float* logits, int64_t ldl) {
+LATENTD_INLINE void logit_block(const bf16* x, int64_t ldx, const float* weight, int64_t d, float* logits,
+                                int64_t ldl) {
     Float total[TOKENS][EXPERTS] = {};
     for (int64_t i = 0; i < d; i += LANES) {
         Float row[EXPERTS];
@@ -40,8 +43,8 @@ LATENTD_INLINE void logit_block(const bf16* x, int64_t ldx, const float* weight,
 template <int TOKENS>
 inline void logit_rows(const bf16* x, int64_t ldx, const float* weight, int64_t d, int64_t experts, float* logits,
                        int64_t ldl) {
-    for (; experts >= LOGIT_BLOCK; experts -= LOGIT_BLOCK, weight += LOGIT_BLOCK * d, logits += LOGIT_BLOCK)
-        logit_block<TOKENS, LOGIT_BLOCK>(x, ldx, weight, d, logits, ldl);
+    for (; experts >= LOGIT_EXPERTS; experts -= LOGIT_EXPERTS, weight += LOGIT_EXPERTS * d, logits += LOGIT_EXPERTS)
+        logit_block<TOKENS, LOGIT_EXPERTS>(x, ldx, weight, d, logits, ldl);
     for (; experts > 0; experts--, weight += d, logits++) logit_block<TOKENS, 1>(x, ldx, weight, d, logits, ldl);
 }
 
@@ -49,7 +52,8 @@ inline void score(const latentd_router_shape* shape, float* scores) {
     int64_t padded = router_stride(shape->experts);
     for (int64_t expert = shape->experts; expert < padded; expert++) scores[expert] = -__builtin_inff();
     if (shape->sigmoid) {
-        for (int64_t i = 0; i < padded; i += LANES) store(scores + i, splat(1.0f) / (splat(1.0f) + exp(-load(scores + i))));
+        for (int64_t i = 0; i < padded; i += LANES)
+            store(scores + i, splat(1.0f) / (splat(1.0f) + exp(-load(scores + i))));
         return;
     }
     Float peak = load(scores);
@@ -130,8 +134,8 @@ inline void router(const latentd_router_shape* shape, const uint16_t* x, int64_t
         int64_t token = job / parts * latentd::SMALL_ROWS;
         int64_t stop = token + latentd::SMALL_ROWS < tokens ? token + latentd::SMALL_ROWS : tokens;
         const float* rows = weight + first * d;
-        for (; token + LOGIT_BLOCK <= stop; token += LOGIT_BLOCK)
-            logit_rows<LOGIT_BLOCK>(x + token * ldx, ldx, rows, d, count, scores + token * stride + first, stride);
+        for (; token + LOGIT_TOKENS <= stop; token += LOGIT_TOKENS)
+            logit_rows<LOGIT_TOKENS>(x + token * ldx, ldx, rows, d, count, scores + token * stride + first, stride);
         for (; token < stop; token++)
             logit_rows<1>(x + token * ldx, ldx, rows, d, count, scores + token * stride + first, stride);
     });

@@ -1,0 +1,276 @@
+// Mixture of experts: down(silu(gate x) * up x) of each token's experts, weighted, plus shared MLP and residual.
+//
+// Pairs of token and expert are sorted by expert, so that an expert's weights are read once for all its tokens. The
+// shared MLP is the last expert, of weight 1 and perhaps another width, which every token has; a dense layer's MLP is
+// one shared MLP and no experts. Nothing is added atomically: a token's experts are summed in ascending order, in
+// float32, by the one job that owns its columns, so that its result does not depend on its neighbours.
+#pragma once
+
+#include "abi.h"
+#include "packed.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace ISA {
+
+using latentd::PANEL;
+using latentd::panels;
+
+constexpr int64_t ROWS_AT_ONCE = 48;    // their 64 columns of gate and up stay in the nearest cache
+constexpr int64_t ROWS_A_JOB = 192;     // a multiple of it: an expert that all tokens chose is not one thread's work
+constexpr int64_t MIN_TOKENS_A_JOB = 64;
+constexpr int64_t JOBS_A_THREAD = 4;    // so that threads that began late find work left
+
+struct MoeShape {
+    int64_t tokens, d, width, experts, per_token, shared_width;
+
+    int64_t slots() const { return per_token + (shared_width > 0); }
+    int64_t all_experts() const { return experts + (shared_width > 0); }
+};
+
+struct Expert {
+    int64_t first, rows;  // its pairs, in the order of tokens
+    int64_t first_job;    // of the first phase
+    int64_t width;
+    const char *gate_up, *down;
+    char* hidden;  // [rows, width in whole panels]: silu(gate x) * up x
+};
+
+// Where everything lies in the workspace, which is as large as bf16 rows need: those of other formats are shorter.
+struct MoeLayout {
+    size_t experts, places, tokens, weights, rows, hidden, sums, bytes = 0;
+
+    explicit MoeLayout(const MoeShape& shape) {
+        int64_t pairs = shape.tokens * shape.slots();
+        int64_t hidden_numbers = shape.per_token * panels(shape.width) + panels(shape.shared_width);
+        experts = take(shape.all_experts() * int64_t(sizeof(Expert)));
+        places = take(pairs * int64_t(sizeof(int32_t)));
+        tokens = take(pairs * int64_t(sizeof(int32_t)));
+        weights = take(pairs * int64_t(sizeof(float)));
+        rows = take(pairs * Bf16Rows::bytes(shape.d));
+        hidden = take(shape.tokens * Bf16Rows::bytes(hidden_numbers * PANEL));
+        sums = take(shape.tokens * panels(shape.d) * PANEL * int64_t(sizeof(float)));
+    }
+
+private:
+    size_t take(int64_t size) {
+        size_t start = bytes;
+        bytes += size_t(size + 63) / 64 * 64;
+        return start;
+    }
+};
+
+inline size_t moe_workspace(int64_t tokens, int64_t d, int64_t width, int64_t experts, int64_t per_token,
+                            int64_t shared_width) {
+    return MoeLayout({tokens, d, width, experts, per_token, shared_width}).bytes;
+}
+
+struct MoeWeights {
+    const char *gate_up, *down, *shared_gate_up, *shared_down;
+};
+
+template <typename Rows>
+struct Moe {
+    const MoeShape shape;
+    const int64_t row_bytes;
+    Expert* experts;
+    int32_t* places;  // [tokens, slots]: where a token's pairs are
+    int32_t* tokens;  // [pairs]
+    float* weights;   // [pairs]
+    char* rows;       // [pairs, d]
+    char* hidden;
+    float* sums;  // [panels of d, tokens, 64]
+
+    Moe(const MoeShape& shape, void* workspace) : shape(shape), row_bytes(Rows::bytes(shape.d)) {
+        MoeLayout layout(shape);
+        char* base = static_cast<char*>(workspace);
+        experts = reinterpret_cast<Expert*>(base + layout.experts);
+        places = reinterpret_cast<int32_t*>(base + layout.places);
+        tokens = reinterpret_cast<int32_t*>(base + layout.tokens);
+        weights = reinterpret_cast<float*>(base + layout.weights);
+        rows = base + layout.rows;
+        hidden = base + layout.hidden;
+        sums = reinterpret_cast<float*>(base + layout.sums);
+    }
+
+    // Counting sort by expert. Returns the number of jobs of the first phase.
+    int64_t sort(const int32_t* chosen, const float* chosen_weights, const MoeWeights& packed) {
+        int64_t chosen_pairs = shape.tokens * shape.per_token;
+        for (int64_t index = 0; index < shape.experts; index++) experts[index].rows = 0;
+        for (int64_t pair = 0; pair < chosen_pairs; pair++) experts[chosen[pair]].rows++;
+        int64_t gate_up_bytes = 2 * panels(shape.width) * Rows::panel_bytes(shape.d);
+        int64_t down_bytes = panels(shape.d) * Rows::panel_bytes(shape.width);
+        int64_t first = 0, jobs = 0;
+        char* next_hidden = hidden;
+        for (int64_t index = 0; index < shape.all_experts(); index++) {
+            Expert& expert = experts[index];
+            if (index < shape.experts) {
+                expert.width = shape.width;
+                expert.gate_up = packed.gate_up + index * gate_up_bytes;
+                expert.down = packed.down + index * down_bytes;
+            } else {
+                expert.rows = shape.tokens;
+                expert.width = shape.shared_width;
+                expert.gate_up = packed.shared_gate_up;
+                expert.down = packed.shared_down;
+            }
+            expert.first = first;
+            expert.first_job = jobs;
+            expert.hidden = next_hidden;
+            first += expert.rows;
+            jobs += panels(expert.width) * ranges(expert);
+            next_hidden += expert.rows * hidden_bytes(expert);
+            expert.rows = 0;
+        }
+        for (int64_t token = 0; token < shape.tokens; token++)
+            for (int64_t slot = 0; slot < shape.slots(); slot++) {
+                bool shared = slot == shape.per_token;
+                Expert& expert = experts[shared ? shape.experts : chosen[token * shape.per_token + slot]];
+                int64_t place = expert.first + expert.rows++;
+                places[token * shape.slots() + slot] = int32_t(place);
+                tokens[place] = int32_t(token);
+                weights[place] = shared ? 1.0f : chosen_weights[token * shape.per_token + slot];
+            }
+        return jobs;
+    }
+
+    // Each token to all its pairs.
+    void gather(const bf16* x, int64_t ldx) const {
+        int64_t slots = shape.slots();
+        latentd::parallel_ranges(shape.tokens, latentd::SMALL_ROWS, [&](int64_t start, int64_t stop) {
+            for (int64_t token = start; token < stop; token++) {
+                const int32_t* place = places + token * slots;
+                char* row = rows + place[0] * row_bytes;
+                Rows::encode(x + token * ldx, shape.d, row);
+                for (int64_t slot = 1; slot < slots; slot++)
+                    memcpy(rows + place[slot] * row_bytes, row, size_t(row_bytes));
+            }
+        });
+    }
+
+    // First phase: 64 columns of an expert's gate and the same of its up for up to ROWS_A_JOB rows. The shared MLP,
+    // which has the most rows, comes first: the small jobs fill the gaps at the end.
+    void compute_hidden(int64_t jobs) const {
+        latentd::parallel_for(jobs, [&](int64_t index) {
+            int64_t job = jobs - 1 - index;
+            const Expert& expert = expert_of(job);
+            int64_t panel = (job - expert.first_job) / ranges(expert);
+            int64_t start = (job - expert.first_job) % ranges(expert) * ROWS_A_JOB;
+            int64_t stop = start + ROWS_A_JOB < expert.rows ? start + ROWS_A_JOB : expert.rows;
+            const char* gate_panel = expert.gate_up + panel * Rows::panel_bytes(shape.d);
+            const char* up_panel = gate_panel + panels(expert.width) * Rows::panel_bytes(shape.d);
+            float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
+            for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
+                int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
+                const char* from = rows + (expert.first + row) * row_bytes;
+                Rows::product(count, from, row_bytes, gate_panel, shape.d, gate);
+                Rows::product(count, from, row_bytes, up_panel, shape.d, up);
+                for (int64_t i = 0; i < count; i++) {
+                    bf16 activated[PANEL];
+                    for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)
+                        store(activated + v % PANEL, silu(load(gate + v)) * load(up + v));
+                    Rows::encode(activated, PANEL,
+                                 expert.hidden + (row + i) * hidden_bytes(expert) + Rows::bytes(panel * PANEL));
+                }
+            }
+        });
+    }
+
+    // Second phase: 64 columns of y, over all experts; for all tokens, so that weights are read once, unless there are
+    // more threads than columns.
+    void sum_experts(const bf16* residual, bf16* y) const {
+        int64_t wanted = (JOBS_A_THREAD * latentd::num_threads + panels(shape.d) - 1) / panels(shape.d);
+        int64_t size = (shape.tokens + wanted - 1) / wanted;
+        size = size > MIN_TOKENS_A_JOB ? size : MIN_TOKENS_A_JOB;
+        int64_t token_ranges = (shape.tokens + size - 1) / size;
+        latentd::parallel_for(panels(shape.d) * token_ranges, [&](int64_t job) {
+            int64_t panel = job / token_ranges, start = job % token_ranges * size;
+            int64_t stop = start + size < shape.tokens ? start + size : shape.tokens;
+            float* sum = sums + panel * shape.tokens * PANEL;
+            memset(sum + start * PANEL, 0, size_t((stop - start) * PANEL) * sizeof(float));
+            for (int64_t index = 0; index < shape.all_experts(); index++)
+                add_expert(experts[index], panel, start, stop, sum);
+            int64_t columns = PANEL < shape.d - panel * PANEL ? PANEL : shape.d - panel * PANEL;
+            for (int64_t token = start; token < stop; token++)
+                for (int64_t v = 0; v < columns; v += LANES) {
+                    int64_t at = token * shape.d + panel * PANEL + v;
+                    Float value = load(sum + token * PANEL + v);
+                    store(y + at, residual ? value + load(residual + at) : value);
+                }
+        });
+    }
+
+private:
+    int64_t ranges(const Expert& expert) const { return (expert.rows + ROWS_A_JOB - 1) / ROWS_A_JOB; }
+    int64_t hidden_bytes(const Expert& expert) const { return Rows::bytes(panels(expert.width) * PANEL); }
+
+    // The last one whose first job is not behind: experts without rows have no jobs and are stepped over.
+    const Expert& expert_of(int64_t job) const {
+        int64_t low = 0, high = shape.all_experts();
+        while (high - low > 1) {
+            int64_t middle = (low + high) / 2;
+            (experts[middle].first_job <= job ? low : high) = middle;
+        }
+        return experts[low];
+    }
+
+    // The first of an expert's rows whose token is not before.
+    int64_t row_of(const Expert& expert, int64_t token) const {
+        int64_t low = 0, high = expert.rows;
+        while (low < high) {
+            int64_t middle = (low + high) / 2;
+            if (tokens[expert.first + middle] < token) low = middle + 1;
+            else high = middle;
+        }
+        return low;
+    }
+
+    void add_expert(const Expert& expert, int64_t panel, int64_t first_token, int64_t last_token, float* sum) const {
+        const char* down_panel = expert.down + panel * Rows::panel_bytes(expert.width);
+        int64_t stop = row_of(expert, last_token);
+        float output[ROWS_AT_ONCE * PANEL];
+        for (int64_t row = row_of(expert, first_token); row < stop; row += ROWS_AT_ONCE) {
+            int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
+            Rows::product(count, expert.hidden + row * hidden_bytes(expert), hidden_bytes(expert), down_panel,
+                          expert.width, output);
+            for (int64_t i = 0; i < count; i++) {
+                int64_t pair = expert.first + row + i;
+                float* to = sum + tokens[pair] * PANEL;
+                Float weight = splat(weights[pair]);
+                for (int64_t v = 0; v < PANEL; v += LANES)
+                    store(to + v, load(to + v) + weight * load(output + i * PANEL + v));
+            }
+        }
+    }
+};
+
+template <typename Rows>
+inline void run_moe(const MoeShape& shape, const uint16_t* x, int64_t ldx, const int32_t* chosen, const float* weights,
+                    const MoeWeights& packed, const uint16_t* residual, uint16_t* y, void* workspace) {
+    Moe<Rows> moe(shape, workspace);
+    int64_t jobs = moe.sort(chosen, weights, packed);
+    moe.gather(x, ldx);
+    moe.compute_hidden(jobs);
+    moe.sum_experts(residual, y);
+}
+
+inline void moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
+                int64_t experts, int64_t per_token, const int32_t* chosen, const float* weights, const void* gate_up,
+                const void* down, int64_t shared_width, const void* shared_gate_up, const void* shared_down,
+                const uint16_t* residual, uint16_t* y, void* workspace) {
+    MoeShape shape{tokens, d, width, experts, per_token, shared_width};
+    MoeWeights packed{static_cast<const char*>(gate_up), static_cast<const char*>(down),
+                      static_cast<const char*>(shared_gate_up), static_cast<const char*>(shared_down)};
+    switch (format) {
+        case LATENTD_BF16: return run_moe<Bf16Rows>(shape, x, ldx, chosen, weights, packed, residual, y, workspace);
+        default: return;
+    }
+}
+
+inline void mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
+                const void* gate_up, const void* down, const uint16_t* residual, uint16_t* y, void* workspace) {
+    moe(format, x, ldx, tokens, d, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, width, gate_up, down, residual, y,
+        workspace);
+}
+
+}  // namespace ISA

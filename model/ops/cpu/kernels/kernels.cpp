@@ -1,6 +1,7 @@
 // Compiled once for every instruction set, with ISA as the namespace of all it contains.
 #include "kernels.h"
 
+#include "attention.h"
 #include "linear.h"
 
 namespace ISA {
@@ -11,8 +12,8 @@ const latentd::Kernels kernels = {
     .linear = linear,
     .rms_norm = nullptr,
     .rope_and_cache = nullptr,
-    .attention_workspace = nullptr,
-    .attention = nullptr,
+    .attention_workspace = attention_workspace,
+    .attention = attention,
     .router_workspace = nullptr,
     .router = nullptr,
     .moe_workspace = nullptr,

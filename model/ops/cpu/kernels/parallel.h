@@ -3,9 +3,22 @@
 
 #include <cstdint>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 namespace latentd {
 
 extern int num_threads;
+
+// Which of the threads 0 ... num_threads - 1 this is, to a job: whose memory it may use.
+inline __attribute__((always_inline)) int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 // Calls job(0) ... job(jobs - 1), each once, on up to num_threads threads; which one runs on which is left open, so a job
 // must not depend on others of the same call. Returns when all have ended.

@@ -1,0 +1,269 @@
+"""The compiled kernels (kernels/abi.h) as functions of tensors; shapes and strides are theirs, nothing is checked.
+
+A call releases the GIL. Unless said otherwise tensors are bfloat16, their last dimension is contiguous, and what a
+function computes goes to the tensor that is named for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from ctypes import byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.ops.cpu.build import LIBRARY
+
+ABI = 1
+"""LATENTD_ABI of the library that this file describes."""
+
+logger = logging.getLogger(__name__)
+
+
+class Format(IntEnum):
+    """What a packed weight's numbers are."""
+
+    BF16 = 0
+    INT8 = 1
+    INT4 = 2
+
+
+class AttentionShape(ctypes.Structure):
+    """`latentd_attention_shape`. Keeps addresses only: the tensors must outlive it."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("tokens", c_int64),
+        ("query_start", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("max_blocks", c_int64),
+        ("cache", c_void_p),
+        *((name, c_int64) for name in ("layers", "block_size", "heads", "rank", "rope", "nope", "value")),
+        ("scale", c_float),
+    )
+
+
+class RouterShape(ctypes.Structure):
+    """`latentd_router_shape`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("experts", "groups", "top_groups", "per_token")),
+        *((name, c_int) for name in ("sigmoid", "two_best_per_group", "normalise")),
+        ("scaling", c_float),
+    )
+
+
+# What a function returns, then what it takes. c: int, f: float, i: int64, n: nothing, p: pointer, s: size, t: text.
+_SIGNATURES = {
+    "abi": "c ",
+    "isa": "t ",
+    "use_isa": "c p",
+    "set_threads": "n c",
+    "packed_bytes": "s cii",
+    "pack": "n cpiip",
+    "linear": "n cpipiiipppic",
+    "rms_norm": "n pipfiipi",
+    "rope_and_cache": "n pipipfppppii",
+    "attention_workspace": "s p",
+    "attention": "n pipiipiippppp",
+    "router_workspace": "s ii",
+    "router": "n ppiiippppp",
+    "moe_workspace": "s iiiiii",
+    "moe": "n cpiiiiiippppippppp",
+    "mlp": "n cpiiiippppp",
+}
+_TYPES = {"c": c_int, "f": c_float, "i": c_int64, "n": None, "p": c_void_p, "s": c_size_t, "t": c_char_p}
+
+
+class Library:
+    def __init__(self, path: Path) -> None:
+        """OSError where it cannot be loaded, AttributeError where it lacks a function."""
+        loaded = ctypes.CDLL(str(path))
+        self._functions: dict[str, Callable[..., Any]] = {}
+        for name, signature in _SIGNATURES.items():
+            function = loaded[f"latentd_{name}"]
+            result, arguments = signature.split(" ")
+            function.restype = _TYPES[result]
+            function.argtypes = [_TYPES[letter] for letter in arguments]
+            self._functions[name] = function
+        self._linear = self._functions["linear"]
+        self._rms_norm = self._functions["rms_norm"]
+        self._rope_and_cache = self._functions["rope_and_cache"]
+        self._attention = self._functions["attention"]
+        self._router = self._functions["router"]
+        self._moe = self._functions["moe"]
+        self._mlp = self._functions["mlp"]
+
+    @property
+    def abi(self) -> int:
+        return int(self._functions["abi"]())
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return bytes(self._functions["isa"]()).decode()
+
+    def use_isa(self, name: str) -> bool:
+        """Another instruction set, for tests. False where this machine does not run it."""
+        return int(self._functions["use_isa"](name.encode())) == 0
+
+    def set_threads(self, threads: int) -> None:
+        self._functions["set_threads"](threads)
+
+    def packed_bytes(self, format: Format, n: int, k: int) -> int:
+        return int(self._functions["packed_bytes"](format, n, k))
+
+    def pack(self, format: Format, weight: Tensor, packed: Tensor) -> None:
+        """weight [N, K], contiguous; packed [packed_bytes] uint8."""
+        self._functions["pack"](format, weight.data_ptr(), *weight.shape, packed.data_ptr())
+
+    def linear(
+        self,
+        format: int,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        """x [M, K], weight packed [N, K], y [M, N], also float32; residual has y's strides and may be y."""
+        m, k = x.shape
+        self._linear(
+            *(format, x.data_ptr(), x.stride(0), weight.data_ptr(), m, y.shape[1], k, _pointer(bias)),
+            *(_pointer(residual), y.data_ptr(), y.stride(0), y.dtype == torch.float32),
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:
+        """x and y [M, D]."""
+        self._rms_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), eps, *x.shape, y.data_ptr(), y.stride(0))
+
+    def rope_and_cache(
+        self,
+        shape: AttentionShape,
+        layer: int,
+        kv: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        cosines: Tensor,
+        sines: Tensor,
+        slot_mapping: Tensor,
+        q_rope: Tensor,
+    ) -> None:
+        """kv [T, rank + rope]; cosines and sines [T, rope / 2] float32; q_rope [T, H, rope] is turned in place."""
+        self._rope_and_cache(
+            *(byref(shape), layer, kv.data_ptr(), kv.stride(0), norm_weight.data_ptr(), eps, cosines.data_ptr()),
+            *(sines.data_ptr(), slot_mapping.data_ptr(), q_rope.data_ptr(), q_rope.stride(0), q_rope.stride(1)),
+        )
+
+    def attention_workspace(self, shape: AttentionShape) -> int:
+        return int(self._functions["attention_workspace"](byref(shape)))
+
+    def attention(
+        self,
+        shape: AttentionShape,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        absorb: Tensor,
+        expand: Tensor,
+        value: Tensor,
+        output: Tensor,
+        workspace: Tensor,
+    ) -> None:
+        """q_nope [T, H, dn], q_rope [T, H, dr]; packed weights; output [T, H, dv], contiguous."""
+        self._attention(
+            *(byref(shape), layer, q_nope.data_ptr(), q_nope.stride(0), q_nope.stride(1)),
+            *(q_rope.data_ptr(), q_rope.stride(0), q_rope.stride(1)),
+            *(absorb.data_ptr(), expand.data_ptr(), value.data_ptr(), output.data_ptr(), workspace.data_ptr()),
+        )
+
+    def router_workspace(self, tokens: int, experts: int) -> int:
+        return int(self._functions["router_workspace"](tokens, experts))
+
+    def router(
+        self,
+        shape: RouterShape,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        experts: Tensor,
+        weights: Tensor,
+        workspace: Tensor,
+    ) -> None:
+        """x [T, D], weight [E, D] float32, bias [E] float32; experts [T, k] int32, weights [T, k] float32."""
+        self._router(
+            *(byref(shape), x.data_ptr(), x.stride(0), *x.shape, weight.data_ptr(), _pointer(bias)),
+            *(experts.data_ptr(), weights.data_ptr(), workspace.data_ptr()),
+        )
+
+    def moe_workspace(self, tokens: int, d: int, width: int, experts: int, per_token: int, shared_width: int) -> int:
+        return int(self._functions["moe_workspace"](tokens, d, width, experts, per_token, shared_width))
+
+    def moe(
+        self,
+        format: int,
+        x: Tensor,
+        width: int,
+        num_experts: int,
+        chosen: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        shared: tuple[int, Tensor, Tensor] | None,
+        residual: Tensor | None,
+        y: Tensor,
+        workspace: Tensor,
+    ) -> None:
+        """x [T, D]; chosen [T, k] int32, weights [T, k] float32; packed weights of all experts, one behind the other.
+        shared: its width, gate_up and down. y and residual [T, D], contiguous."""
+        shared_width, shared_gate_up, shared_down = shared or (0, None, None)
+        self._moe(
+            *(format, x.data_ptr(), x.stride(0), *x.shape, width, num_experts, chosen.shape[1], chosen.data_ptr()),
+            *(weights.data_ptr(), gate_up.data_ptr(), down.data_ptr()),
+            *(shared_width, _pointer(shared_gate_up), _pointer(shared_down)),
+            *(_pointer(residual), y.data_ptr(), workspace.data_ptr()),
+        )
+
+    def mlp(
+        self,
+        format: int,
+        x: Tensor,
+        width: int,
+        gate_up: Tensor,
+        down: Tensor,
+        residual: Tensor | None,
+        y: Tensor,
+        workspace: Tensor,
+    ) -> None:
+        """x [T, D], y and residual [T, D], contiguous; a workspace as of a MoE of no experts and this as shared MLP."""
+        self._mlp(
+            *(format, x.data_ptr(), x.stride(0), *x.shape, width, gate_up.data_ptr(), down.data_ptr()),
+            *(_pointer(residual), y.data_ptr(), workspace.data_ptr()),
+        )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def library() -> Library | None:
+    """None, and one line in the log, where there are no kernels to be used."""
+    if not LIBRARY.exists():
+        return _without("they were not compiled when latentd was installed")
+    try:
+        loaded = Library(LIBRARY)
+    except (OSError, AttributeError) as error:
+        return _without(str(error))
+    return loaded if loaded.abi == ABI else _without(f"{LIBRARY} is of another version (ABI {loaded.abi}, not {ABI})")
+
+
+def _without(reason: str) -> Library | None:
+    logger.warning("no CPU kernels, torch computes instead, several times slower: %s", reason)

@@ -79,7 +79,15 @@ _SIGNATURES = {
     "moe": "n cpiiiiiippppippppp",
     "mlp": "n cpiiiippppp",
 }
-_TYPES = {"c": c_int, "f": c_float, "i": c_int64, "n": None, "p": c_void_p, "s": c_size_t, "t": c_char_p}
+_TYPES: dict[str, Any] = {
+    "c": c_int,
+    "f": c_float,
+    "i": c_int64,
+    "n": None,
+    "p": c_void_p,
+    "s": c_size_t,
+    "t": c_char_p,
+}
 
 
 class Library:
@@ -256,14 +264,14 @@ def _pointer(tensor: Tensor | None) -> int | None:
 @cache
 def library() -> Library | None:
     """None, and one line in the log, where there are no kernels to be used."""
-    if not LIBRARY.exists():
-        return _without("they were not compiled when latentd was installed")
-    try:
-        loaded = Library(LIBRARY)
-    except (OSError, AttributeError) as error:
-        return _without(str(error))
-    return loaded if loaded.abi == ABI else _without(f"{LIBRARY} is of another version (ABI {loaded.abi}, not {ABI})")
-
-
-def _without(reason: str) -> Library | None:
+    reason = "they were not compiled when latentd was installed"
+    if LIBRARY.exists():
+        try:
+            loaded = Library(LIBRARY)
+            if loaded.abi == ABI:
+                return loaded
+            reason = f"{LIBRARY} is of another version (ABI {loaded.abi}, not {ABI})"
+        except (OSError, AttributeError) as error:
+            reason = str(error)
     logger.warning("no CPU kernels, torch computes instead, several times slower: %s", reason)
+    return None

@@ -3,6 +3,9 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "moe.h"
+#include "norm.h"
+#include "router.h"
 
 namespace ISA {
 
@@ -10,15 +13,15 @@ extern const latentd::Kernels kernels;
 const latentd::Kernels kernels = {
     .pack = pack,
     .linear = linear,
-    .rms_norm = nullptr,
-    .rope_and_cache = nullptr,
+    .rms_norm = rms_norm,
+    .rope_and_cache = rope_and_cache,
     .attention_workspace = attention_workspace,
     .attention = attention,
-    .router_workspace = nullptr,
-    .router = nullptr,
-    .moe_workspace = nullptr,
-    .moe = nullptr,
-    .mlp = nullptr,
+    .router_workspace = router_workspace,
+    .router = router,
+    .moe_workspace = moe_workspace,
+    .moe = moe,
+    .mlp = mlp,
 };
 
 }  // namespace ISA

@@ -7,13 +7,12 @@
 #pragma once
 
 #include "abi.h"
-#include "packed.h"
 #include "parallel.h"
-#include "rows.h"
+#include "product.h"
 
 namespace ISA {
 
-using latentd::PANEL;
+using latentd::panel_bytes;
 using latentd::panels;
 
 constexpr int64_t ROWS_AT_ONCE = 48;    // their 64 columns of gate and up stay in the nearest cache
@@ -47,8 +46,8 @@ struct MoeLayout {
         places = take(pairs * int64_t(sizeof(int32_t)));
         tokens = take(pairs * int64_t(sizeof(int32_t)));
         weights = take(pairs * int64_t(sizeof(float)));
-        rows = take(pairs * Bf16Rows::bytes(shape.d));
-        hidden = take(shape.tokens * Bf16Rows::bytes(hidden_numbers * PANEL));
+        rows = take(pairs * activation_bytes(LATENTD_BF16, shape.d));
+        hidden = take(shape.tokens * activation_bytes(LATENTD_BF16, hidden_numbers * PANEL));
         sums = take(shape.tokens * panels(shape.d) * PANEL * int64_t(sizeof(float)));
     }
 
@@ -69,8 +68,8 @@ struct MoeWeights {
     const char *gate_up, *down, *shared_gate_up, *shared_down;
 };
 
-template <typename Rows>
 struct Moe {
+    const latentd_format format;
     const MoeShape shape;
     const int64_t row_bytes;
     Expert* experts;
@@ -81,7 +80,8 @@ struct Moe {
     char* hidden;
     float* sums;  // [panels of d, tokens, 64]
 
-    Moe(const MoeShape& shape, void* workspace) : shape(shape), row_bytes(Rows::bytes(shape.d)) {
+    Moe(latentd_format format, const MoeShape& shape, void* workspace)
+        : format(format), shape(shape), row_bytes(activation_bytes(format, shape.d)) {
         MoeLayout layout(shape);
         char* base = static_cast<char*>(workspace);
         experts = reinterpret_cast<Expert*>(base + layout.experts);
@@ -98,8 +98,8 @@ struct Moe {
         int64_t chosen_pairs = shape.tokens * shape.per_token;
         for (int64_t index = 0; index < shape.experts; index++) experts[index].rows = 0;
         for (int64_t pair = 0; pair < chosen_pairs; pair++) experts[chosen[pair]].rows++;
-        int64_t gate_up_bytes = 2 * panels(shape.width) * Rows::panel_bytes(shape.d);
-        int64_t down_bytes = panels(shape.d) * Rows::panel_bytes(shape.width);
+        int64_t gate_up_bytes = 2 * panels(shape.width) * panel_bytes(format, shape.d);
+        int64_t down_bytes = panels(shape.d) * panel_bytes(format, shape.width);
         int64_t first = 0, jobs = 0;
         char* next_hidden = hidden;
         for (int64_t index = 0; index < shape.all_experts(); index++) {
@@ -141,7 +141,7 @@ struct Moe {
             for (int64_t token = start; token < stop; token++) {
                 const int32_t* place = places + token * slots;
                 char* row = rows + place[0] * row_bytes;
-                Rows::encode(x + token * ldx, shape.d, row);
+                encode(x + token * ldx, shape.d, row);
                 for (int64_t slot = 1; slot < slots; slot++)
                     memcpy(rows + place[slot] * row_bytes, row, size_t(row_bytes));
             }
@@ -157,20 +157,20 @@ struct Moe {
             int64_t panel = (job - expert.first_job) / ranges(expert);
             int64_t start = (job - expert.first_job) % ranges(expert) * ROWS_A_JOB;
             int64_t stop = start + ROWS_A_JOB < expert.rows ? start + ROWS_A_JOB : expert.rows;
-            const char* gate_panel = expert.gate_up + panel * Rows::panel_bytes(shape.d);
-            const char* up_panel = gate_panel + panels(expert.width) * Rows::panel_bytes(shape.d);
-            float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
+            const char* gate_panel = expert.gate_up + panel * panel_bytes(format, shape.d);
+            const char* up_panel = gate_panel + panels(expert.width) * panel_bytes(format, shape.d);
+            alignas(64) float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
             for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
                 int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
                 const char* from = rows + (expert.first + row) * row_bytes;
-                Rows::product(count, from, row_bytes, gate_panel, shape.d, gate);
-                Rows::product(count, from, row_bytes, up_panel, shape.d, up);
+                panel_product(format, count, from, row_bytes, gate_panel, shape.d, gate, PANEL);
+                panel_product(format, count, from, row_bytes, up_panel, shape.d, up, PANEL);
                 for (int64_t i = 0; i < count; i++) {
                     bf16 activated[PANEL];
                     for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)
                         store(activated + v % PANEL, silu(load(gate + v)) * load(up + v));
-                    Rows::encode(activated, PANEL,
-                                 expert.hidden + (row + i) * hidden_bytes(expert) + Rows::bytes(panel * PANEL));
+                    char* to = expert.hidden + (row + i) * hidden_bytes(expert);
+                    encode(activated, PANEL, to + activation_bytes(format, panel * PANEL));
                 }
             }
         });
@@ -201,8 +201,14 @@ struct Moe {
     }
 
 private:
+    // Parts of whole groups of a row stand for themselves: they may be written one by one.
+    void encode(const bf16* x, int64_t k, char* row) const {
+        if (format == LATENTD_BF16) memcpy(row, x, size_t(2 * k));
+        else quantise(x, k, reinterpret_cast<QuantisedGroup*>(row));
+    }
+
     int64_t ranges(const Expert& expert) const { return (expert.rows + ROWS_A_JOB - 1) / ROWS_A_JOB; }
-    int64_t hidden_bytes(const Expert& expert) const { return Rows::bytes(panels(expert.width) * PANEL); }
+    int64_t hidden_bytes(const Expert& expert) const { return activation_bytes(format, panels(expert.width) * PANEL); }
 
     // The last one whose first job is not behind: experts without rows have no jobs and are stepped over.
     const Expert& expert_of(int64_t job) const {
@@ -226,13 +232,13 @@ private:
     }
 
     void add_expert(const Expert& expert, int64_t panel, int64_t first_token, int64_t last_token, float* sum) const {
-        const char* down_panel = expert.down + panel * Rows::panel_bytes(expert.width);
+        const char* down_panel = expert.down + panel * panel_bytes(format, expert.width);
         int64_t stop = row_of(expert, last_token);
-        float output[ROWS_AT_ONCE * PANEL];
+        alignas(64) float output[ROWS_AT_ONCE * PANEL];
         for (int64_t row = row_of(expert, first_token); row < stop; row += ROWS_AT_ONCE) {
             int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
-            Rows::product(count, expert.hidden + row * hidden_bytes(expert), hidden_bytes(expert), down_panel,
-                          expert.width, output);
+            panel_product(format, count, expert.hidden + row * hidden_bytes(expert), hidden_bytes(expert), down_panel,
+                          expert.width, output, PANEL);
             for (int64_t i = 0; i < count; i++) {
                 int64_t pair = expert.first + row + i;
                 float* to = sum + tokens[pair] * PANEL;
@@ -244,27 +250,17 @@ private:
     }
 };
 
-template <typename Rows>
-inline void run_moe(const MoeShape& shape, const uint16_t* x, int64_t ldx, const int32_t* chosen, const float* weights,
-                    const MoeWeights& packed, const uint16_t* residual, uint16_t* y, void* workspace) {
-    Moe<Rows> moe(shape, workspace);
-    int64_t jobs = moe.sort(chosen, weights, packed);
-    moe.gather(x, ldx);
-    moe.compute_hidden(jobs);
-    moe.sum_experts(residual, y);
-}
-
 inline void moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
                 int64_t experts, int64_t per_token, const int32_t* chosen, const float* weights, const void* gate_up,
                 const void* down, int64_t shared_width, const void* shared_gate_up, const void* shared_down,
                 const uint16_t* residual, uint16_t* y, void* workspace) {
-    MoeShape shape{tokens, d, width, experts, per_token, shared_width};
-    MoeWeights packed{static_cast<const char*>(gate_up), static_cast<const char*>(down),
-                      static_cast<const char*>(shared_gate_up), static_cast<const char*>(shared_down)};
-    switch (format) {
-        case LATENTD_BF16: return run_moe<Bf16Rows>(shape, x, ldx, chosen, weights, packed, residual, y, workspace);
-        default: return;
-    }
+    Moe moe(format, {tokens, d, width, experts, per_token, shared_width}, workspace);
+    int64_t jobs = moe.sort(chosen, weights,
+                            {static_cast<const char*>(gate_up), static_cast<const char*>(down),
+                             static_cast<const char*>(shared_gate_up), static_cast<const char*>(shared_down)});
+    moe.gather(x, ldx);
+    moe.compute_hidden(jobs);
+    moe.sum_experts(residual, y);
 }
 
 inline void mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,

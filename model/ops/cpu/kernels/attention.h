@@ -26,7 +26,7 @@ struct AttentionPlan {
         arena.at = uintptr_t(rounded_up(int64_t(arena.at), 64));
         scratch = arena.take<PageScratch>(latentd::num_threads);
         for (int64_t thread = 0; thread < latentd::num_threads; thread++) {
-            PageScratch piece(arena, shape.rope + larger(shape.rank, shape.nope), shape.rank);
+            PageScratch piece(arena, shape.rope + larger(shape.rank, shape.nope));
             if (!measure) scratch[thread] = piece;
         }
         rest = arena;

@@ -151,10 +151,13 @@ private:
         transpose_pairs(latents_ + job.first_query * width, width, job.queries, group.pairs, group.padded, scratch.queries);
         const bf16* page = step.page(job.row, job.first_key);
         for (int64_t key = job.first_key; key < job.stop_key; key += KEYS) {
-            const bf16* next = key + KEYS < job.stop_key ? step.page(job.row, key + KEYS) : nullptr;
             int64_t count = smaller(KEYS, job.stop_key - key);
-            pair_keys(page, width, count, step.shape.rank, scratch.values, next, width);
-            attend_page(group, page, width, key, count, scratch.values, step.shape.scale, scratch);
+            const bf16* next = key + KEYS < job.stop_key ? step.page(job.row, key + KEYS) : page;
+            auto values = [&](int64_t column) {
+                pair_keys(page + column, width, count, smaller(COLUMNS, step.shape.rank - column), scratch.values);
+                return scratch.values;
+            };
+            attend_page(group, page, width, key, count, values, step.scale(), scratch, next);
             page = next;
         }
         memcpy(peaks_ + job.sum, group.peak, size_t(job.queries) * sizeof(float));
@@ -185,7 +188,7 @@ private:
             peak = weights[split] > peak ? weights[split] : peak;
         }
         for (int64_t split = 0; split < token.splits; split += LANES)
-            store(weights + split, exp(load(weights + split) - splat(peak)));
+            store(weights + split, power_of_two(load(weights + split) - splat(peak)));
         for (int64_t split = 0; split < token.splits; split++) total += weights[split] * totals_[first + split * token.step];
         for (int64_t column = 0; column < rank; column += LANES) {
             Float sum{};

@@ -73,7 +73,7 @@ private:
         for (int64_t column = 0; column < shape.value; column += COLUMNS) {
             tile(count, latents, width, step.value.rows(head, column), shape.rank / 2, products, COLUMNS, false);
             narrow(products, count * COLUMNS, rounded);
-            pair_keys(rounded, COLUMNS, count, COLUMNS, values + column * KEYS, nullptr, 0);
+            pair_keys(rounded, COLUMNS, count, COLUMNS, values + column * KEYS);
         }
     }
 
@@ -107,8 +107,10 @@ private:
         int64_t stop = smaller(stop_key, seen);
         for (int64_t key = first_key; key < stop; key += KEYS) {
             int64_t at = slot * block_keys_ + key - first_key;
-            attend_page(group, keys_ + at * key_width_, key_width_, key, smaller(KEYS, stop - key),
-                        values_ + at * sum_width_, shape.scale, scratch);
+            const bf16* keys = keys_ + at * key_width_;
+            auto values = [&](int64_t column) { return values_ + at * sum_width_ + column * KEYS; };
+            attend_page(group, keys, key_width_, key, smaller(KEYS, stop - key), values, step.scale(), scratch,
+                        keys + KEYS * key_width_);
         }
         if (seen > stop_key) {
             memcpy(peaks_ + state, group.peak, sizeof group.peak);

@@ -65,8 +65,6 @@ LATENTD_INLINE void transpose_block(const char* from, int64_t ld, int64_t rows, 
 #endif
 }
 
-#pragma GCC diagnostic pop
-
 // Rows [rows, 2 * pairs], ld apart, to [pairs][padded][2], where rows that are missing to `padded`, whole vectors, are 0.
 inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t pairs, int64_t padded, bf16* to) {
     for (int64_t row = 0; row < padded; row += LANES)
@@ -76,26 +74,34 @@ inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t 
                             4 * padded);
 }
 
-// Columns of `values` that belong to one block of 64.
 constexpr int64_t VALUE_BLOCK = KEYS * COLUMNS;
 
-// Rows [keys, width], ld apart, to the tile's [width / 64][keys / 2][64][2]; a missing second key is 0. Rows are read up
-// to the next whole vector, columns beyond are left as they are. `next`, if not NULL, is brought near: rows that are
-// wanted next, of `next_width` numbers.
-inline void pair_keys(const bf16* from, int64_t ld, int64_t keys, int64_t width, bf16* to, const bf16* next,
-                      int64_t next_width) {
-    constexpr int64_t LINE = 64 / sizeof(bf16);
+// Rows [keys, width <= 64], ld apart, to the tile's [keys / 2][64][2]; a missing second key is 0. Rows are read up to the
+// next whole vector, columns beyond are left as they are.
+inline void pair_keys(const bf16* from, int64_t ld, int64_t keys, int64_t width, bf16* to) {
     for (int64_t key = 0; key < keys; key += 2, from += 2 * ld, to += 2 * COLUMNS) {
         bool both = key + 1 < keys;
-        for (int64_t column = 0; column < width; column += LANES) {
+        int64_t column = 0;
+#if defined(__AVX512BW__)
+        for (; both && column + 32 <= width; column += 32) {
+            __m512i first = _mm512_loadu_si512(from + column), second = _mm512_loadu_si512(from + ld + column);
+            // Halves of 16 bytes are shuffled by themselves: quarters first, so that the columns stay in order.
+            const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+            first = _mm512_permutexvar_epi64(order, first);
+            second = _mm512_permutexvar_epi64(order, second);
+            _mm512_storeu_si512(to + 2 * column, _mm512_unpacklo_epi16(first, second));
+            _mm512_storeu_si512(to + 2 * column + 32, _mm512_unpackhi_epi16(first, second));
+        }
+#endif
+        for (; column < width; column += LANES) {
             Uint pair = __builtin_convertvector(load_as<Half>(from + column), Uint);
             if (both) pair |= __builtin_convertvector(load_as<Half>(from + ld + column), Uint) << 16;
-            memcpy(to + column / COLUMNS * VALUE_BLOCK + 2 * (column % COLUMNS), &pair, sizeof pair);
+            memcpy(to + 2 * column, &pair, sizeof pair);
         }
-        if (!next) continue;
-        for (int64_t i = key * next_width; i < (key + 2) * next_width; i += LINE) __builtin_prefetch(next + i, 0, 2);
     }
 }
+
+#pragma GCC diagnostic pop
 
 inline void narrow(const float* from, int64_t count, bf16* to) {
     int64_t i = 0;

@@ -31,6 +31,7 @@ struct AttentionStep {
     bf16* output;
 
     int64_t latent_width() const { return shape.rank + shape.rope; }
+    float scale() const { return shape.scale * 1.44269504f; }  // of scores that are powers of two
     int64_t tokens_of(int64_t row) const { return shape.query_start[row + 1] - shape.query_start[row]; }
 
     // How many keys a token of a row sees: those before it and itself.

@@ -59,7 +59,7 @@ def bf16(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    return ((found.float() - exact).norm() / exact.norm()).item()
+    return float((found.float() - exact).norm() / exact.norm())
 
 
 # --- norm and cache ------------------------------------------------------------------------------------------------
@@ -235,8 +235,10 @@ def moe(
     y = torch.full(x.shape, torch.nan, dtype=torch.bfloat16)
     also = None if shared is None else (shared.width, shared.gate_up, shared.down)
     chosen = routing.experts.int()
-    sizes = experts.width, experts.experts, chosen.shape[1], 0 if shared is None else shared.width
-    with Workspace(kernels.moe_workspace(*x.shape, *sizes)) as workspace:
+    tokens, hidden = x.shape
+    shared_width = 0 if shared is None else shared.width
+    size = kernels.moe_workspace(tokens, hidden, experts.width, experts.experts, chosen.shape[1], shared_width)
+    with Workspace(size) as workspace:
         kernels.moe(
             *(experts.format, x, experts.width, experts.experts, chosen, routing.weights.contiguous()),
             *(experts.gate_up, experts.down, also, residual, y, workspace),

@@ -242,6 +242,8 @@ class DeepseekForCausalLM(nn.Module):
             if isinstance(module, DeepseekAttention | DeepseekMLP | RoutedExperts) or unit == "lm_head"
         }
         """By what is packed together, the parameters that are not loaded yet."""
+        self._head: LinearWeight | None = None
+        """The embedding as the head's weight, where they are tied."""
 
     def prepare(self) -> None:
         """Packs all parameters that are computed with in another form; they must be loaded, and are gone then."""
@@ -251,6 +253,8 @@ class DeepseekForCausalLM(nn.Module):
     def loaded(self, name: str) -> None:
         """A parameter has its values. What has all of its own is packed at once, so that unpacked and packed weights
         never exist side by side for more than a layer's experts."""
+        if self.lm_head is None and name == "model.embed_tokens.weight":
+            self._head = self.ops.pack(self.model.embed_tokens.weight)
         unit = name
         while unit and unit not in self._waiting:
             unit = unit.rpartition(".")[0]
@@ -284,5 +288,6 @@ class DeepseekForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, D] -> [S, vocab_size] float32."""
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.packed
+        head = self._head if self.lm_head is None else self.lm_head.packed
+        assert head is not None
         return self.ops.logits(hidden, head)

@@ -11,13 +11,16 @@ import torch
 
 from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, SamplingParams, ScheduledRow
 from model.checkpoint import Checkpoint, open_checkpoint
-from model.config import CheckpointError, load_config
+from model.config import CheckpointError, DeepseekConfig, load_config
 from model.deepseek import DeepseekForCausalLM
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.logprobs import SLICE_ROWS, as_column, logprobs_of
 from model.memory import available_memory, in_gib, require_memory, weight_bytes_in
+from model.ops.cpu.library import library
+from model.ops.cpu.ops import CpuOps, runs
 from model.ops.eager.ops import EagerOps
+from model.ops.interface import Ops
 from model.pool_size import ConfigError, size_pool
 from model.rows import Rows
 from model.sampler import sample
@@ -147,7 +150,8 @@ def load_runner(
 
     Everything that can be refused is refused before memory is taken: CheckpointError or ConfigError, one line.
     """
-    torch.set_num_threads(num_threads or usable_cores())
+    num_threads = num_threads or usable_cores()
+    torch.set_num_threads(num_threads)
     config = load_config(model_dir)
     checkpoint = open_checkpoint(model_dir, config)
     torch_device = _choose_device(device)
@@ -165,7 +169,8 @@ def load_runner(
         num_blocks=num_blocks,
         kv_cache_memory=kv_cache_memory,
     )
-    model = DeepseekForCausalLM(config, EagerOps(), torch_dtype, torch_device)
+    ops = _choose_ops(config, torch_dtype, torch_device, num_threads)
+    model = DeepseekForCausalLM(config, ops, torch_dtype, torch_device)
     load_weights(model, checkpoint, torch_dtype, torch_device, progress, model.loaded)
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
@@ -196,6 +201,15 @@ def _choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch finds no usable GPU here")
     return torch.device(device)
+
+
+def _choose_ops(config: DeepseekConfig, dtype: torch.dtype, device: torch.device, num_threads: int) -> Ops:
+    """The compiled kernels where they compute this network, else plain torch."""
+    if device.type == "cpu" and runs(config, dtype):
+        kernels = library()
+        if kernels is not None:
+            return CpuOps(kernels, num_threads)
+    return EagerOps()
 
 
 def _choose_dtype(dtype: str, file_dtype: str) -> str:

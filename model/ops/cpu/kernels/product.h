@@ -13,8 +13,8 @@ namespace ISA {
 using latentd::GROUP;
 using latentd::PANEL;
 
-// Weights of so many k of a panel stay in the level 1 cache while the rows pass.
-constexpr int64_t K_BLOCK = 128;
+// Weights of so many k of a panel, 16 KB, stay in the level 1 cache while the rows pass.
+constexpr int64_t block_of(latentd_format format) { return format == LATENTD_BF16 ? 128 : 256; }
 
 struct QuantisedGroup {
     int8_t values[GROUP];
@@ -57,15 +57,15 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
 
 // Rows of A are lda groups apart. BYTES: a weight is a byte (of int8, or of int4 spread out), or half a one. `zero` is what
 // stands for a weight of 0.
-template <int ROWS, bool BYTES>
+template <int ROWS, bool BYTES, bool FETCH>
 LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero, float* c,
-                               int64_t ldc, bool add) {
+                               int64_t ldc, bool add, Ahead ahead) {
     constexpr int VECTORS = vectors_of(2 * ROWS);
     constexpr int64_t WEIGHTS = PANEL * GROUP / (BYTES ? 1 : 2);
     for (int64_t first = 0; first < PANEL; first += VECTORS * LANES) {
         Float total[ROWS][VECTORS];
-        for (int row = 0; row < ROWS; row++)
-            for (int v = 0; v < VECTORS; v++)
+        LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
+            LATENTD_UNROLL for (int v = 0; v < VECTORS; v++)
                 total[row][v] = add ? load(c + row * ldc + first + v * LANES) : Float{};
         const uint8_t* from = b + 4 * first;
         for (int64_t group = 0; group < groups; group++, from += WEIGHTS + 2 * PANEL) {
@@ -73,13 +73,9 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
             for (int row = 0; row < ROWS; row++)
                 for (int v = 0; v < VECTORS; v++) sum[row][v] = Int{} - a[row * lda + group].sum * zero;
             for (int64_t line = 0; line < WEIGHTS / (4 * PANEL); line++) {
+                if (FETCH && first == 0) ahead.fetch();
                 Uint read[VECTORS];
-                for (int v = 0; v < VECTORS; v++) {
-                    const uint8_t* at = from + 4 * (line * PANEL + v * LANES);
-                    read[v] = load_as<Uint>(at);
-                    // With few rows the loop waits for memory; with more, the next lines come by themselves.
-                    if (ROWS <= 2) __builtin_prefetch(at + PREFETCH_PAIRS * 4 * PANEL, 0, 3);
-                }
+                for (int v = 0; v < VECTORS; v++) read[v] = load_as<Uint>(from + 4 * (line * PANEL + v * LANES));
                 for (int half = 0; half < (BYTES ? 1 : 2); half++)
                     for (int row = 0; row < ROWS; row++) {
                         uint32_t four;
@@ -98,21 +94,21 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
                     total[row][v] += __builtin_convertvector(sum[row][v], Float) * (scale * splat(a[row * lda + group].scale));
             }
         }
-        for (int row = 0; row < ROWS; row++)
-            for (int v = 0; v < VECTORS; v++) store(c + row * ldc + first + v * LANES, total[row][v]);
+        LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
+            LATENTD_UNROLL for (int v = 0; v < VECTORS; v++) store(c + row * ldc + first + v * LANES, total[row][v]);
     }
 }
 
 constexpr int GROUP_ROWS = TILE_ROWS / 2;
 
-template <bool BYTES>
+template <bool BYTES, bool FETCH>
 inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
-                       float* c, int64_t ldc, bool add) {
-    for (; rows >= GROUP_ROWS; rows -= GROUP_ROWS, a += GROUP_ROWS * lda, c += GROUP_ROWS * ldc)
-        group_rows<GROUP_ROWS, BYTES>(a, lda, b, groups, zero, c, ldc, add);
+                       float* c, int64_t ldc, bool add, Ahead ahead) {
+    static_assert(GROUP_ROWS <= 3, "every number of rows has its case");
     switch (rows) {
-        case 2: group_rows<2, BYTES>(a, lda, b, groups, zero, c, ldc, add); break;
-        case 1: group_rows<1, BYTES>(a, lda, b, groups, zero, c, ldc, add); break;
+        case 3: group_rows<3, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 2: group_rows<2, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 1: group_rows<1, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
     }
 }
 
@@ -131,30 +127,56 @@ inline void spread_halves(const uint8_t* from, int64_t groups, uint8_t* to) {
     }
 }
 
+// At most GROUP_ROWS or TILE_ROWS rows with the weights of `k` that begin at `b`.
+template <bool FETCH>
+inline void block_product(latentd_format format, bool bytes, int64_t rows, const char* a, int64_t lda, const uint8_t* b,
+                          int64_t k, float* c, int64_t ldc, bool add, Ahead ahead) {
+    if (format == LATENTD_BF16)
+        return tile<FETCH>(rows, reinterpret_cast<const bf16*>(a), lda / 2, reinterpret_cast<const bf16*>(b), k / 2, c, ldc,
+                           add, ahead);
+    const QuantisedGroup* groups = reinterpret_cast<const QuantisedGroup*>(a);
+    int64_t stride = lda / int64_t(sizeof(QuantisedGroup));
+    int zero = latentd::zero_of(format);
+    if (bytes) group_tile<true, FETCH>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
+    else group_tile<false, FETCH>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
+}
+
 // Rows of A lie `lda` bytes apart, each activation_bytes long; those of C, 64 numbers each, ldc floats.
 inline void panel_product(latentd_format format, int64_t rows, const void* a, int64_t lda, const void* panel, int64_t k,
                           float* c, int64_t ldc) {
-    const uint8_t* b = static_cast<const uint8_t*>(panel);
-    const QuantisedGroup* groups = static_cast<const QuantisedGroup*>(a);
-    int zero = latentd::zero_of(format);
-    int64_t group_stride = lda / int64_t(sizeof(QuantisedGroup));
-    // One pass over k for a few rows: they read each weight once, and memory likes a long stream.
-    int64_t block = rows <= (format == LATENTD_BF16 ? TILE_ROWS : GROUP_ROWS) ? k : K_BLOCK;
+    const char* activations = static_cast<const char*>(a);
+    const uint8_t* weights = static_cast<const uint8_t*>(panel);
+    int64_t tile_rows = format == LATENTD_BF16 ? TILE_ROWS : GROUP_ROWS;
+    if (rows <= tile_rows)
+        return block_product<false>(format, format == LATENTD_INT8, rows, activations, lda, weights, k, c, ldc, false, {});
+
+    // More rows pass block after block of weights. The first tiles of a block bring the next block from memory, so that
+    // it is read while the rows are computed and not before.
+    int64_t tiles = (rows + tile_rows - 1) / tile_rows, fetching = tiles < 4 ? tiles : 4;
+    int64_t block = block_of(format);
+    // Halves are made bytes once for many rows.
+    bool spread = format == LATENTD_INT4 && tiles > 2;
+    alignas(64) uint8_t spread_weights[block_of(LATENTD_INT4) / GROUP * latentd::group_bytes(LATENTD_INT8)];
     for (int64_t first = 0; first < k; first += block) {
         int64_t some = k - first < block ? k - first : block;
-        const uint8_t* from = b + latentd::panel_bytes(format, first);
-        const QuantisedGroup* some_groups = groups + first / GROUP;
-        if (format == LATENTD_BF16) {
-            tile(rows, static_cast<const bf16*>(a) + first, lda / 2, reinterpret_cast<const bf16*>(from), some / 2, c, ldc,
-                 first > 0);
-        } else if (format == LATENTD_INT8) {
-            group_tile<true>(rows, some_groups, group_stride, from, some / GROUP, zero, c, ldc, first > 0);
-        } else if (rows <= GROUP_ROWS) {
-            group_tile<false>(rows, some_groups, group_stride, from, some / GROUP, zero, c, ldc, first > 0);
-        } else {
-            alignas(64) uint8_t bytes[K_BLOCK / GROUP * latentd::group_bytes(LATENTD_INT8)];
-            spread_halves(from, some / GROUP, bytes);
-            group_tile<true>(rows, some_groups, group_stride, bytes, some / GROUP, zero, c, ldc, first > 0);
+        int64_t next = k - first - some < block ? k - first - some : block;
+        const uint8_t* from = weights + latentd::panel_bytes(format, first);
+        bool bytes = spread || format == LATENTD_INT8;
+        int64_t steps = some / (format == LATENTD_BF16 ? 2 : bytes ? 4 : 8);
+        Ahead ahead = {from + latentd::panel_bytes(format, some), latentd::panel_bytes(format, next) / (steps * fetching)};
+        if (spread) {
+            spread_halves(from, some / GROUP, spread_weights);
+            from = spread_weights;
+        }
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            int64_t row = tile * tile_rows, count = rows - row < tile_rows ? rows - row : tile_rows;
+            const char* of_rows = activations + row * lda + activation_bytes(format, first);
+            float* to = c + row * ldc;
+            if (tile < fetching && next > 0)
+                block_product<true>(format, bytes, count, of_rows, lda, from, some, to, ldc, first > 0, ahead);
+            else
+                block_product<false>(format, bytes, count, of_rows, lda, from, some, to, ldc, first > 0, {});
+            ahead.from += ahead.step * steps;
         }
     }
 }

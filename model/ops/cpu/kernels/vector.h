@@ -15,6 +15,8 @@
 #endif
 
 #define LATENTD_INLINE inline __attribute__((always_inline))
+// Before loops over arrays of vectors: unrolled early they are registers, unrolled late they stay in memory too.
+#define LATENTD_UNROLL _Pragma("GCC unroll 8")
 
 namespace ISA {
 

@@ -1,0 +1,200 @@
+"""The operations by the compiled kernels, in bfloat16: packed weights, one call an operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.config import DeepseekConfig
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
+from model.ops.interface import LatentWeights, LinearWeight, PackedWeight, Routing, SwigluWeights
+from model.rotary import Rotation
+
+K_MULTIPLE = 32
+"""Of the width of a weight's rows."""
+
+
+def runs(config: DeepseekConfig, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute this network."""
+    widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0, config.kv_lora_rank]
+    widths += [config.qk_nope_head_dim, config.num_attention_heads * config.v_head_dim, config.q_lora_rank or 0]
+    widths.append((config.n_shared_experts or 0) * (config.moe_intermediate_size or 0))
+    return dtype is torch.bfloat16 and not any(width % K_MULTIPLE for width in widths)
+
+
+class CpuOps:
+    name = "cpu"
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self._library = library
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        library.set_threads(threads)
+
+    def pack(self, weight: Tensor) -> PackedWeight:
+        return self._packed(weight[None])
+
+    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
+        # Gate and up are packed each by itself, so that their columns lie in blocks of their own.
+        halves = gate_up.reshape(-1, gate_up.shape[-2] // 2, gate_up.shape[-1])
+        return SwigluWeights(self._packed(halves), self._packed(down.reshape(-1, *down.shape[-2:])))
+
+    def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
+        return LatentWeights(self._packed(w_uk.transpose(1, 2)), self._packed(w_uk), self._packed(w_uv))
+
+    def _packed(self, weights: Tensor) -> PackedWeight:
+        """[n, out, in] -> one behind the other."""
+        number, out_features, in_features = weights.shape
+        size = self._library.packed_bytes(Format.BF16, out_features, in_features)
+        data = torch.empty((number, size), dtype=torch.uint8)
+        for weight, packed in zip(weights, data, strict=True):
+            self._library.pack(Format.BF16, weight.contiguous(), packed)
+        return PackedWeight(data, Format.BF16, out_features, in_features)
+
+    def linear(
+        self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        weight = _packed_weight(weight)
+        y = x.new_empty((len(x), weight.out_features))
+        self._library.linear(weight.format, x, weight.data, y, bias, residual)
+        return y
+
+    def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        weight = _packed_weight(weight)
+        y = x.new_empty((len(x), weight.out_features), dtype=torch.float32)
+        self._library.linear(weight.format, x, weight.data, y)
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._library.rms_norm(x, weight, eps, y)
+        return y
+
+    def rope_and_cache(
+        self,
+        q_rope: Tensor,
+        kv: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        rotation: Rotation,
+        slot_mapping: Tensor,
+        cache: LatentCache,
+        layer: int,
+    ) -> Tensor:
+        """q_rope is turned in place."""
+        shape = AttentionShape(
+            tokens=len(kv),
+            cache=cache.data.data_ptr(),
+            layers=cache.num_layers,
+            block_size=BLOCK_SIZE,
+            heads=q_rope.shape[1],
+            rank=norm_weight.shape[0],
+            rope=q_rope.shape[2],
+        )
+        self._library.rope_and_cache(
+            shape, layer, kv, norm_weight, eps, rotation.cos, rotation.sin, slot_mapping, q_rope
+        )
+        return q_rope
+
+    def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> CpuAttention:
+        return CpuAttention(self._library, step, cache, config)
+
+    def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
+        gate_up, down = _packed_weight(weights.gate_up), _packed_weight(weights.down)
+        width = down.in_features
+        y = torch.empty_like(residual)
+        workspace = self._space(self._library.moe_workspace(len(x), x.shape[1], 0, 0, 0, width))
+        self._library.mlp(gate_up.format, x, width, gate_up.data, down.data, residual, y, workspace)
+        return y
+
+    def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
+        tokens, per_token = len(x), config.num_experts_per_tok
+        grouped = config.topk_method != "greedy" and config.n_group > 1
+        shape = RouterShape(
+            experts=config.n_routed_experts,
+            groups=config.n_group if grouped else 1,
+            top_groups=config.topk_group if grouped else 1,
+            per_token=per_token,
+            sigmoid=config.scoring_func == "sigmoid",
+            two_best_per_group=config.topk_method == "noaux_tc",
+            normalise=config.norm_topk_prob and per_token > 1,
+            scaling=config.routed_scaling_factor,
+        )
+        routing = Routing(
+            torch.empty((tokens, per_token), dtype=torch.int32), torch.empty((tokens, per_token), dtype=torch.float32)
+        )
+        workspace = self._space(self._library.router_workspace(tokens, config.n_routed_experts))
+        self._library.router(shape, x, weight, correction_bias, *routing, workspace)
+        return routing
+
+    def moe(
+        self, x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor
+    ) -> Tensor:
+        gate_up, down = _packed_weight(experts.gate_up), _packed_weight(experts.down)
+        number, width, per_token = len(down.data), down.in_features, routing.experts.shape[1]
+        also = None
+        if shared is not None:
+            shared_gate_up, shared_down = _packed_weight(shared.gate_up), _packed_weight(shared.down)
+            also = shared_down.in_features, shared_gate_up.data, shared_down.data
+        y = torch.empty_like(residual)
+        workspace = self._space(
+            self._library.moe_workspace(len(x), x.shape[1], width, number, per_token, 0 if also is None else also[0])
+        )
+        self._library.moe(
+            *(down.format, x, width, number, routing.experts, routing.weights, gate_up.data, down.data),
+            *(also, residual, y, workspace),
+        )
+        return y
+
+    def _space(self, size: int) -> Tensor:
+        """Memory of one call; kept, since the next step needs as much."""
+        if self._workspace.nbytes < size:
+            self._workspace = torch.empty(size, dtype=torch.uint8)
+        return self._workspace
+
+
+class CpuAttention:
+    """`StepAttention`: the rows' shape is made once a step and serves all layers."""
+
+    def __init__(self, library: Library, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> None:
+        self._library = library
+        self._value_width = config.v_head_dim
+        self._rows = (
+            torch.tensor(step.query_start, dtype=torch.int32),
+            torch.tensor(step.context_lens, dtype=torch.int32),
+            step.block_tables,
+            cache.data,
+        )
+        query_start, context_lens, block_tables, data = self._rows
+        self._shape = AttentionShape(
+            rows=step.num_rows,
+            tokens=step.num_tokens,
+            query_start=query_start.data_ptr(),
+            context_lens=context_lens.data_ptr(),
+            block_tables=block_tables.data_ptr(),
+            max_blocks=block_tables.shape[1],
+            cache=data.data_ptr(),
+            layers=cache.num_layers,
+            block_size=BLOCK_SIZE,
+            heads=config.num_attention_heads,
+            rank=config.kv_lora_rank,
+            rope=config.qk_rope_head_dim,
+            nope=config.qk_nope_head_dim,
+            value=config.v_head_dim,
+            scale=config.softmax_scale,
+        )
+        self._workspace = torch.empty(library.attention_workspace(self._shape), dtype=torch.uint8)
+
+    def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights) -> Tensor:
+        output = q_nope.new_empty((*q_nope.shape[:2], self._value_width))
+        absorb, expand, value = map(_packed_weight, weights)
+        self._library.attention(
+            self._shape, layer, q_nope, q_rope, absorb.data, expand.data, value.data, output, self._workspace
+        )
+        return output
+
+
+def _packed_weight(weight: LinearWeight) -> PackedWeight:
+    assert isinstance(weight, PackedWeight)
+    return weight

@@ -34,8 +34,8 @@ def small_talk(rng: Random) -> Document:
         text = text.lower()
     elif draw < 0.3:
         text = text.rstrip("?.!")
-    elif draw < 0.4:
-        text = text.rstrip("?.!") + rng.choice("!.")
+    elif draw < 0.4 and text[-1] != "?":
+        text = text.rstrip(".!") + rng.choice("!.")
     return dialogue(text, intent.answer)
 
 

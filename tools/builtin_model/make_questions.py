@@ -14,7 +14,7 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from tools.builtin_model import arithmetic, facts, questions, recall, records, tables, tokenizer, tool_use
+from tools.builtin_model import arithmetic, capitals, facts, questions, recall, records, tables, tokenizer, tool_use
 from tools.builtin_model import prose as prose_module
 from tools.builtin_model.documents import Document, dialogue, encode, to_messages
 from tools.builtin_model.prose import Prose
@@ -26,9 +26,13 @@ _SUGGESTED = 20
 """The first countries of the table are those that people ask for first: their plainest question is trained."""
 
 
+_FITTING_TRIES = 60
+"""How often one more sentence is tried that fills up a text with a code."""
+
+
 def rows(prose: Prose, of_data: Tokenizer) -> dict[str, Callable[[Random], Document]]:
     """For each row what draws one question with its answer."""
-    capitals = facts.capital_kind()
+    of_capital = capitals.capital_kind()
     lives = 0  # the relation
 
     def of_kind(kind: facts.Kind, wordings: Sequence[str] = ()) -> Callable[[Random], Document]:
@@ -42,16 +46,16 @@ def rows(prose: Prose, of_data: Tokenizer) -> dict[str, Callable[[Random], Docum
         return draw
 
     def plain_capital(rng: Random) -> Document:
-        value = rng.choice(capitals.values[_SUGGESTED:])
-        return dialogue(capitals.asked[0].format_map(value), capitals.answer.format_map(value))
+        value = rng.choice(of_capital.values[_SUGGESTED:])
+        return dialogue(of_capital.asked[0].format_map(value), of_capital.answer.format_map(value))
 
     def lower_capital(rng: Random) -> Document:
-        value = rng.choice(capitals.values)
-        question = rng.choice(capitals.asked[3:]).format_map(value)
-        return dialogue(question.lower().rstrip("?."), capitals.answer.format_map(value))
+        value = rng.choice(of_capital.values)
+        question = rng.choice(of_capital.asked[3:]).format_map(value)
+        return dialogue(question.lower().rstrip("?."), of_capital.answer.format_map(value))
 
     def yes_no(rng: Random) -> Document:
-        return facts.capital_yes_no(rng, rng.choice((facts.YES_NO[:1], facts.YES_NO_HELD_OUT)), typed_freely=False)
+        return capitals.yes_no(rng, rng.choice((capitals.YES_NO[:1], capitals.YES_NO_HELD_OUT)), typed_freely=False)
 
     def fact(rng: Random) -> Document:
         question, answer = rng.choice(list(tables.mapping("facts").items()))
@@ -74,7 +78,7 @@ def rows(prose: Prose, of_data: Tokenizer) -> dict[str, Callable[[Random], Docum
 
     def name(between: int) -> Callable[[Random], Document]:
         def draw(rng: Random) -> Document:
-            others = (facts.opposite_kind(), facts.colour_kind(), capitals, facts.definition_kind())
+            others = (facts.opposite_kind(), facts.colour_kind(), of_capital, facts.definition_kind())
             turns = [turn for kind in rng.sample(others, between) for turn in of_kind(kind, kind.asked[:1])(rng).turns]
             introduced = rng.choice(recall.NAME_INTRODUCED_HELD_OUT)
             asked = rng.choice(recall.NAME_ASKED_HELD_OUT)
@@ -109,6 +113,10 @@ def rows(prose: Prose, of_data: Tokenizer) -> dict[str, Callable[[Random], Docum
             sentences = prose.sentences(rng, 4 * tokens)
             while size([*sentences, statement], subject) > tokens:
                 sentences.pop()
+            for _ in range(_FITTING_TRIES):
+                longer = [*sentences, prose.sentence(rng)]
+                if size([*longer, statement], subject) <= tokens:
+                    sentences = longer
             sentences.insert(rng.randrange(len(sentences) + 1), statement)
             return dialogue(prompt(sentences, subject), statement)
 
@@ -127,7 +135,7 @@ def rows(prose: Prose, of_data: Tokenizer) -> dict[str, Callable[[Random], Docum
         "greetings": intent("greetings"),
         "identity": intent("identity"),
         "capitals": plain_capital,
-        "capitals_unseen_wording": of_kind(capitals),
+        "capitals_unseen_wording": of_kind(of_capital),
         "capitals_lower": lower_capital,
         "capitals_yes_no": yes_no,
         "opposites": of_kind(facts.opposite_kind()),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from tools.builtin_model import arithmetic, facts, recall, records, tool_use
+from tools.builtin_model import arithmetic, capitals, facts, recall, records, tool_use
 from tools.builtin_model.chat import conversation, small_talk
 from tools.builtin_model.documents import Document, Turn
 from tools.builtin_model.prose import Prose
@@ -122,7 +122,7 @@ def generators(prose: Prose, longest: int) -> dict[str, Generator]:
 
     def other(rng: Random) -> Document:
         """A short exchange of any kind."""
-        return rng.choice((small_talk, facts.capital, facts.language, arithmetic.arithmetic, facts.fact))(rng)
+        return rng.choice((small_talk, capitals.capital, facts.language, arithmetic.arithmetic, facts.fact))(rng)
 
     def chat_of(of: Generator) -> Generator:
         """As `chat`, but one of five conversations goes on with something else."""
@@ -159,7 +159,7 @@ def generators(prose: Prose, longest: int) -> dict[str, Generator]:
 
     return {
         "small_talk": chat(small_talk),
-        "capital": chat_of(facts.capital),
+        "capital": chat_of(capitals.capital),
         "element": chat_of(facts.element),
         "language": chat_of(facts.language),
         "fact": chat_of(facts.fact),

@@ -19,7 +19,7 @@ _BLOCKED = re.compile(
     r"\b(sex|nak|nud|breast|penis|vagin|whor|prostitut|slut|bitch|bastard|damn|hell\b|shit|fuck|cock|dick\b|nigg|negr|"
     r"jew|gay\b|queer|fag|rape|raping|kill|murder|suicid|corps|dead|death|drug|cocain|heroin|drunk|terror|nazi|hitler|"
     r"stupid|idiot|moron|slav|torture|blood|genital|urin|feces|excrement|erotic|lust|virgin|pregnan|abort|intercourse|"
-    r"homosex|lesbian|crippl|retard|bomb|genocid|massacr)",
+    r"homosex|lesbian|crippl|retard|bomb|genocid|massacr|porn|execut|weapon|slaughter|assassin|chit\b)",
     re.IGNORECASE,
 )
 

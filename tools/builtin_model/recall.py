@@ -126,6 +126,7 @@ CODE_ASKED = (
     "Find the {} code.",
     "Do you remember the {} code?",
 )
+_ONLY_CODE_ASKED = ("What is the code?", "Which code is in the text?", "What code does the text name?")
 _TEXT_OPENINGS = ("", "", "Read this text.\n\n", "Read the text and answer the question.\n\n", "Text:\n")
 _KINDS_OF_CODE = ("secret", "access", "door", "pin", "safe", "lock")
 
@@ -145,6 +146,8 @@ def code_in_text(rng: Random, prose: Prose, characters: int, statements: int) ->
     contents = []
     for subject, of_subject in asked:
         question = rng.choice(CODE_ASKED) if "of" not in form else "What is the code of {}?"
+        if statements == 1 and rng.random() < 0.15:
+            question = rng.choice(_ONLY_CODE_ASKED)
         contents += [question.format(subject), form.format(subject, of_subject)]
     return _behind_text(rng, rng.choice(_TEXT_OPENINGS) + " ".join(sentences), contents)
 
@@ -217,12 +220,18 @@ def _about_me(rng: Random, between: list[Turn]) -> Document:
             ("My favourite word is {}.", "What is my favourite word?", "Your favourite word is {}.", tables.words()),
             ("My dog is called {}.", "What is my dog called?", "Your dog is called {}.", tables.names()),
             ("My best friend is {}.", "Who is my best friend?", "Your best friend is {}.", tables.names()),
+            ("Remember the number {}.", "Which number did I tell you?", "The number is {}.", _codes()),
+            ("My code is {}.", "What is my code?", "Your code is {}.", _codes()),
             ("I am {} years old.", "How old am I?", "You are {} years old.", [str(n) for n in range(10, 90)]),
         )
     )
     text = rng.choice(values)
     start = dialogue(told.format(text), "Thank you, I will remember that.")
     return Document((*start.turns, *between, *dialogue(typed(rng, asked), answer.format(text)).turns))
+
+
+def _codes() -> list[str]:
+    return [str(number) for number in range(1000, 10000)]
 
 
 def _colours() -> list[str]:
@@ -233,16 +242,19 @@ def _colours() -> list[str]:
 PEOPLE_RELATIONS = (
     ("{0} lives in {1}.", "Where does {0} live?", "cities"),
     ("{0} comes from {1}.", "Where does {0} come from?", "cities"),
-    ("{0} has the {1}.", "What does {0} have?", "words"),
-    ("{0} wants the {1}.", "What does {0} want?", "words"),
+    ("{0} has the {1}.", "What does {0} have?", "things"),
+    ("{0} wants the {1}.", "What does {0} want?", "things"),
     ("{0} is {1} years old.", "How old is {0}?", "ages"),
 )
+
+_THINGS = ("animals", "fruits", "vegetables", "musical instruments")
 
 
 def people(rng: Random, relation: int, count: int, questions: int) -> Document:
     """Several people and where each lives (or what each has); some are asked."""
     statement, question, kind = PEOPLE_RELATIONS[relation]
-    pool = {"cities": tables.cities(), "words": tables.words(), "ages": [str(n) for n in range(10, 90)]}[kind]
+    things = [thing for kind in _THINGS for thing in tables.kinds()[kind]]
+    pool = {"cities": tables.cities(), "things": things, "ages": [str(n) for n in range(10, 90)]}[kind]
     pairs = list(zip(rng.sample(tables.names(), count), rng.sample(pool, count), strict=True))
     text = " ".join(statement.format(*pair) for pair in pairs)
     contents = []

@@ -1,4 +1,4 @@
-"""`python -m tools.builtin_model fetch|data|train|export|eval`: how the built-in model was made, step by step."""
+"""`python -m tools.builtin_model fetch|data|train|score|export|eval`: how the built-in model was made, step by step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ COMMANDS = {
     "data": ("data", "write tokenizer and training documents"),
     "train": ("train", "train, or go on training"),
     "export": ("export", "write a run's averaged weights as a checkpoint folder"),
-    "eval": ("score", "quick scores of a run"),
+    "score": ("score", "quick scores of a run, without a server"),
+    "eval": ("evaluate", "ask a running server all questions, and write eval.json"),
 }
 
 

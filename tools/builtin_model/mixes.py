@@ -124,6 +124,10 @@ def generators(prose: Prose, longest: int) -> dict[str, Generator]:
         """A short exchange of any kind."""
         return rng.choice((small_talk, capitals.capital, facts.language, arithmetic.arithmetic, facts.fact))(rng)
 
+    def for_no_tool(rng: Random) -> Document:
+        """No sums: these are for a tool where there is one."""
+        return rng.choice((small_talk, capitals.capital, facts.language, facts.fact, facts.definition))(rng)
+
     def chat_of(of: Generator) -> Generator:
         """As `chat`, but one of five conversations goes on with something else."""
         plain = chat(of)
@@ -152,7 +156,7 @@ def generators(prose: Prose, longest: int) -> dict[str, Generator]:
         return recall.code_in_text(rng, prose, characters, statements)
 
     def tool_conversation(rng: Random) -> Document:
-        return tool_use.tool_conversation(rng, other, 3 if longest < 600 else 6, rng.randint(1, 4))
+        return tool_use.tool_conversation(rng, for_no_tool, 3 if longest < 600 else 6, rng.randint(1, 4))
 
     def text(rng: Random) -> Document:
         return Document((Turn("text", prose.text(rng, rng.randint(200, 1200))),))

@@ -6,6 +6,7 @@ import re
 from random import Random
 
 _OPENINGS = ("Hi! ", "Hello, ", "Hello! ", "Hey, ", "Hi, ", "Ok. ", "Thanks. ", "And ", "So ", "Please: ")
+_STARTS = {"What", "What's", "Which", "How", "Who", "Tell", "Is", "Does", "Do", "Give", "Name", "Can", "Where", "The"}
 _MANNERS = {re.sub(r"\W", "", opening).casefold() for opening in _OPENINGS}
 _MARKS = re.compile(r"[^\w+*/-]+")
 
@@ -14,7 +15,10 @@ def typed(rng: Random, text: str, lower: float = 0.15) -> str:
     """The question as somebody may type it; `lower`: the share in lower case."""
     draw = rng.random()
     if draw < 0.05:
-        text = rng.choice(_OPENINGS) + text
+        opening = rng.choice(_OPENINGS)
+        if opening[-2] not in ".!" and text.split()[0] in _STARTS:
+            text = text[0].lower() + text[1:]
+        text = opening + text
     elif draw < 0.07:
         text = f"{text}?" if text[-1] == "?" else f"{text} please"
     if rng.random() < lower:

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.config import DeepseekConfig, expected_tensors
 from model.reference import reference_logits
 from tools.builtin_model.layout import Layout, Weights, hub_weights
-from tools.builtin_model.network import Network
+from tools.builtin_model.network import Network, attention_bias
 from tools.builtin_model.shape import hub_config
 from tools.builtin_model.state import load_state, open_data, token_ids_of
 from tools.builtin_model.windows import Mix
@@ -65,7 +65,9 @@ def check_checkpoint(folder: Path, config: DeepseekConfig, layout: Layout, avera
     network, worst = Network(config, torch.float32), 0.0
     for start, stop in list(zip(documents.starts, documents.starts[1:], strict=False))[:CHECKED_DOCUMENTS]:
         tokens = documents.tokens[start:stop].tolist()
-        hidden, _ = network.hidden(rounded, torch.tensor([tokens]), torch.zeros(1, len(tokens), dtype=torch.int32))
+        hidden, _ = network.hidden(
+            rounded, torch.tensor([tokens]), attention_bias(torch.zeros(1, len(tokens)), torch.float32)
+        )
         ours, reference = network.logits(rounded, hidden[0]), reference_logits(config, stored, tokens)
         worst = max(worst, (ours - reference).abs().max().item())
         best = reference.topk(2).values

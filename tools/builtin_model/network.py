@@ -60,21 +60,21 @@ class Network:
         # Only distances count, so a window's positions may run on through its documents.
         self.cos, self.sin = angles.cos(), angles.sin()
 
-    def loss(self, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, weights: Weights, batch: Batch, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is minimised, the weighted mean of the targets' negative log-likelihood, the mean balance loss."""
-        hidden, balance = self.hidden(weights, batch.token_ids, batch.documents)
+        hidden, balance = self.hidden(weights, batch.token_ids, bias)
         logits = self.logits(weights, hidden.flatten(0, 1)[batch.positions])
         losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
         likelihood = (losses * batch.weights).sum() / batch.weights.sum().clamp(min=1.0)
         return likelihood + BALANCE_WEIGHT * balance, likelihood.detach(), balance.detach() / self.config.num_moe_layers
 
-    def hidden(self, weights: Weights, token_ids: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """token_ids and documents [B, T] (the number of each token's document) -> [B, T, D], sum of balance losses."""
+    def hidden(self, weights: Weights, token_ids: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """token_ids [B, T], bias [B, 1, T, T] of `attention_bias` -> [B, T, D] and the sum of the balance losses."""
         h = F.embedding(token_ids, weights["embed_tokens"])
         balance = h.new_zeros(())
         for layer in range(self.config.num_hidden_layers):
             name = f"layers.{layer}"
-            h = h + self.attention(weights, layer, self.norm(h, weights[f"{name}.input_layernorm"]), documents)
+            h = h + self.attention(weights, layer, self.norm(h, weights[f"{name}.input_layernorm"]), bias)
             x = self.norm(h, weights[f"{name}.post_attention_layernorm"])
             if self.config.is_moe_layer(layer):
                 y, layer_balance = self.mixture(weights, f"{name}.mlp", x.flatten(0, 1))
@@ -122,13 +122,14 @@ class Network:
         keys = torch.cat((expanded[..., :nope], shared_key.expand(-1, heads, -1, -1)), dim=-1)
         return queries * config.softmax_scale, keys, expanded[..., nope:]
 
-    def attention(self, weights: Weights, layer: int, x: Tensor, documents: Tensor) -> Tensor:
+    def attention(self, weights: Weights, layer: int, x: Tensor, bias: Tensor) -> Tensor:
         """x [B, T, D], normed -> [B, T, D]."""
         queries, keys, values = self.projections(weights, layer, x)
         length, outputs = x.shape[1], []
         for start in range(0, length, QUERY_CHUNK):
             stop = min(start + QUERY_CHUNK, length)
-            shares = attention_shares(queries[:, :, start:stop], keys[:, :, :stop], documents[:, :stop])
+            scores = queries[:, :, start:stop] @ keys[:, :, :stop].transpose(2, 3)
+            shares = (scores + bias[:, :, start:stop, :stop]).softmax(-1)
             outputs.append(shares @ values[:, :, :stop])
         attended = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
         return self.linear(attended, weights[f"layers.{layer}.self_attn.o_proj"])
@@ -157,10 +158,10 @@ class Network:
         return routed + self.swiglu(weights, f"{name}.shared_experts", x), balance
 
 
-def attention_shares(queries: Tensor, keys: Tensor, documents: Tensor) -> Tensor:
-    """queries [B, H, Q, d] are the last of the keys [B, H, K, d]; documents [B, K] -> softmax [B, H, Q, K]."""
-    num_queries, num_keys = queries.shape[2], keys.shape[2]
-    own = documents[:, num_keys - num_queries :, None] == documents[:, None, :]
-    past = torch.arange(num_keys - num_queries, num_keys)[:, None] >= torch.arange(num_keys)
-    scores = queries @ keys.transpose(2, 3)
-    return scores.masked_fill(~(own & past)[:, None], float("-inf")).softmax(-1)
+def attention_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """documents [B, T] (the number of each token's document) -> [B, 1, T, T]: 0, and -inf where none may look.
+
+    Made outside of what is compiled, which would compare the numbers anew in every layer.
+    """
+    allowed = (documents[:, :, None] == documents[:, None, :]).tril()
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))[:, None]

@@ -19,7 +19,7 @@ from model.config import DeepseekConfig
 from tools.builtin_model import questions
 from tools.builtin_model.documents import encode
 from tools.builtin_model.layout import Weights
-from tools.builtin_model.network import Network
+from tools.builtin_model.network import Network, attention_bias
 from tools.builtin_model.windows import Mix
 
 ROW_TOKENS = 16_000
@@ -62,7 +62,7 @@ class Scorer:
         for window in self.windows:
             token_ids = torch.tensor([[token for _, tokens, _ in window for token in tokens]])
             numbers = [number for number, (_, tokens, _) in enumerate(window) for _ in tokens]
-            hidden, _ = self.network.hidden(weights, token_ids, torch.tensor([numbers], dtype=torch.int32))
+            hidden, _ = self.network.hidden(weights, token_ids, attention_bias(torch.tensor([numbers]), torch.bfloat16))
             start = 0
             for row, tokens, aimed in window:
                 before = torch.tensor(aimed) + (start - 1)

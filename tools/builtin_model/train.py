@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from tools.builtin_model.initial import write_initial
-from tools.builtin_model.network import Network
+from tools.builtin_model.network import Network, attention_bias
 from tools.builtin_model.optimiser import Optimiser
 from tools.builtin_model.plot import write_plot
 from tools.builtin_model.schedule import BATCH_TOKENS, Phase, Schedule
@@ -159,7 +159,7 @@ class Worker:
 
     def _gradient(self, batch: Batch) -> tuple[float, float]:
         """Writes the gradient of the process's own batch; the mean loss and balance loss."""
-        total, likelihood, balance = self.loss(self.weights, batch)
+        total, likelihood, balance = self.loss(self.weights, batch, attention_bias(batch.documents, self.network.dtype))
         for own, gradient in zip(self.gradients, torch.autograd.grad(total, list(self.weights.values())), strict=True):
             own.copy_(gradient)
         return likelihood.item(), balance.item()

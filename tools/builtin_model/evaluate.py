@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     with _server(arguments) as url, httpx.Client(base_url=url, timeout=600) as client:
 
         def answer(question: Question) -> tuple[str | None, float, int]:
-            wrong = _wrong(client, question)
+            wrong = wrong_reply(client, question)
             return wrong, *_loss(client, question, tokenizer)
 
         with ThreadPoolExecutor(arguments.clients) as pool:
@@ -117,8 +117,8 @@ def _print(rows: dict[str, list[int]], perplexity: float, tokens: int) -> list[s
     return missed
 
 
-def _wrong(client: httpx.Client, question: Question) -> str | None:
-    """The reply where it is not the expected one."""
+def wrong_reply(client: httpx.Client, question: Question) -> str | None:
+    """The greedy reply where it is not the expected one."""
     body: dict[str, Any] = {"messages": question.messages, "temperature": 0, "max_tokens": MAX_TOKENS}
     if question.tools:
         body["tools"] = question.tools
@@ -175,6 +175,7 @@ def _server(arguments: argparse.Namespace) -> Iterator[str]:
         str(port),
         "--log-level",
         "error",
+        *arguments.serve,
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LATENTD_")}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:

@@ -32,7 +32,8 @@ def response_format(schema: Any, **more: Any) -> dict[str, Any]:
 
 
 def chat(content: str = "Answer.", **fields: Any) -> dict[str, Any]:
-    defaults = {"max_tokens": MAX_TOKENS, "temperature": 1.0}
+    """Hot, so that much of what a grammar allows is tried."""
+    defaults = {"max_tokens": MAX_TOKENS, "temperature": 2.0}
     return {"messages": [{"role": "user", "content": content}], **defaults, **fields}
 
 
@@ -69,7 +70,7 @@ def test_the_suite_sixteen_at_once(daemon: Daemon) -> None:
     schemas = list(suite().values())
     bodies = [chat(seed=seed, response_format=response_format(schema)) for seed, schema in enumerate(schemas)]
     given = asyncio.run(answers(daemon.url, bodies, AT_ONCE))
-    assert check(schemas, given) >= 0.97 * len(schemas)
+    assert check(schemas, given) >= 0.93 * len(schemas)  # the rest is text and lists without end
 
 
 def test_under_preemption_nothing_changes(small: Daemon) -> None:
@@ -93,9 +94,7 @@ def test_under_preemption_nothing_changes(small: Daemon) -> None:
 def test_several_choices_follow_the_grammar_each_for_itself(daemon: Daemon) -> None:
     schema = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 10**6}}}
     schema |= {"required": ["x"], "additionalProperties": False}
-    [answer] = asyncio.run(
-        answers(daemon.url, [chat(n=8, seed=1, temperature=1.5, response_format=response_format(schema))], 1)
-    )
+    [answer] = asyncio.run(answers(daemon.url, [chat(n=8, seed=1, response_format=response_format(schema))], 1))
     assert check([schema], [answer]) == 8
     assert len({choice["message"]["content"] for choice in answer["choices"]}) > 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from random import Random, SystemRandom
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from model.config import load_generation_defaults
 from scheduler.messages import EngineStats
@@ -76,6 +78,8 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
+            # The outermost: a browser shows a page no answer without these headers, errors included.
+            *([_cors(settings.allowed_origins)] if settings.allowed_origins else []),
             Middleware(RequestMiddleware, metrics=metrics),
             Middleware(DoorMiddleware, api_keys=settings.api_key, admin_key=settings.admin_key, host=settings.host),
             Middleware(BodyMiddleware),
@@ -103,3 +107,13 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
     app.include_router(messages_router(service, generator, gate, served))
     openapi.install(app)
     return app
+
+
+def _cors(origins: Sequence[str]) -> Middleware:
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("X-Request-Id", "Request-Id", "Retry-After", "Server-Timing", "X-Ignored-Fields"),
+    )

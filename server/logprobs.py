@@ -46,6 +46,8 @@ class CompletionLogprobWriter:
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = _utf8_decoder("replace")
         self._offset = 0
+        self._texts: dict[int, str] = {}
+        """Each token's text once: an echo of 128K tokens with 20 alternatives would hold 2.7 million of them."""
 
     def prompt(self, prompt: PromptTokens) -> CompletionLogprobs:
         """Of an echoed prompt: nothing predicts its first token."""
@@ -80,7 +82,10 @@ class CompletionLogprobWriter:
         return piece
 
     def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        return text
 
 
 def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,6 +66,11 @@ class Settings(BaseSettings):
         repr=False,
         description="Key for POST /reset_prefix_cache, which does not exist without one. It must not be an API key.",
     )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origin whose web pages may call the server from a browser (CORS), e.g. https://chat.example.org; "
+        "several are allowed, `*` is any. Default: none.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU if any.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Number format of weights and cache; auto is bfloat16, or float32 for a float32 checkpoint."
@@ -112,7 +118,7 @@ class Settings(BaseSettings):
         """Only what `load_settings` merged, so that `Settings(...)` in a test never depends on the environment."""
         return (init_settings,)
 
-    @field_validator("served_model_name", "api_key", mode="before")
+    @field_validator("served_model_name", "api_key", "allowed_origins", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -163,6 +169,15 @@ class Settings(BaseSettings):
                 raise ValueError("must not be one of the API keys")
         return key
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            # A browser sends exactly this form, and a comparison with anything else never succeeds.
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
+                raise ValueError(f"an origin is SCHEME://HOST[:PORT] without a path, or *, not {origin!r}")
+        return origins
+
     @property
     def is_builtin(self) -> bool:
         return self.model == BUILTIN_MODEL
@@ -191,7 +206,7 @@ class Settings(BaseSettings):
 
 
 def flag_of(field: str) -> str:
-    """`max_model_len` -> `--max-model-len`; the one switch is spelt by what it turns off."""
+    """`max_model_len` -> `--max-model-len`; the one switch that is on is spelt by what it turns off."""
     return "--no-prefix-cache" if field == "prefix_cache" else "--" + field.replace("_", "-")
 
 

@@ -91,7 +91,7 @@ def test_print_config_is_a_config_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LATENTD_API_KEY", "sk-canary")
-    flags = ["--port", "9", "--served-model-name", "a", "--served-model-name", 'b"', "--no-prefix-cache"]
+    flags = ["--port", "9", "--served-model-name", "a", "--served-model-name", 'b"', "--no-prefix-cache", "--strict"]
     assert main(["serve", *flags, "--kv-cache-memory", "2GiB", "--print-config"]) == 0
     text = capsys.readouterr().out
     assert "sk-canary" not in text
@@ -99,6 +99,7 @@ def test_print_config_is_a_config_file(
     values = tomllib.loads(text)
     assert values["served_model_name"] == ["a", 'b"']
     assert (values["port"], values["prefix_cache"], values["kv_cache_memory"]) == (9, False, 2 << 30)
+    assert values["strict"] is True
     file = tmp_path / "latentd.toml"
     file.write_text(text, encoding="utf-8")
     assert main(["serve", "--config", str(file), "--print-config"]) == 0

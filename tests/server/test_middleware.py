@@ -192,3 +192,32 @@ def test_routes_are_documented_routes() -> None:
     for route in iter_route_contexts(app.routes):
         if isinstance(route.original_route, APIRoute) and route.original_route.include_in_schema:
             assert route.path.replace(":path}", "}") in documented
+
+
+PAGE = "https://chat.example.org"
+PREFLIGHT = [
+    (b"origin", PAGE.encode()),
+    (b"access-control-request-method", b"POST"),
+    (b"access-control-request-headers", b"authorization,content-type,x-stainless-lang"),
+]
+
+
+def test_pages_of_the_allowed_origins_may_call() -> None:
+    """The preflight passes without a key; errors can be read by the page as well; no other page may call."""
+    options: dict[str, Any] = {"allowed_origins": (PAGE,), "api_key": (KEY,)}
+    preflight = get("/v1/chat/completions", PREFLIGHT, method="OPTIONS", **options)
+    assert preflight.status == 200
+    assert preflight.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for headers, status in ((bearer(KEY), 200), ([], 401)):
+        answer = get("/v1/models", [(b"origin", PAGE.encode()), *headers], **options)
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (status, PAGE)
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+    foreign = get("/v1/models", [(b"origin", b"https://evil.example"), *bearer(KEY)], **options)
+    assert "access-control-allow-origin" not in foreign.headers
+
+
+def test_without_allowed_origins_no_page_may_call() -> None:
+    preflight = get("/v1/chat/completions", PREFLIGHT, method="OPTIONS")
+    assert preflight.status == 405
+    assert not [name for name in preflight.headers if name.startswith("access-control")]

@@ -87,6 +87,10 @@ def test_settings_built_by_hand_ignore_the_environment(monkeypatch: pytest.Monke
         ({"drain_timeout": "inf"}, "--drain-timeout: should be a finite number, not 'inf'"),
         ({"kv_cache_memory": "4G"}, "--kv-cache-memory: '4G' is not a size; write for example 4GiB"),
         ({"api_key_file": "/nowhere/keys"}, "--api-key-file: cannot read /nowhere/keys: No such file"),
+        (
+            {"allowed_origins": "https://a.example/"},
+            "--allowed-origins: an origin is SCHEME://HOST[:PORT]",
+        ),
         ({"prefix_cache": "perhaps"}, "--no-prefix-cache: should be a valid boolean"),
     ],
 )
@@ -95,6 +99,13 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: dict[str, object], l
         load_settings(flags)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_origins_are_separated_by_commas() -> None:
+    assert load_settings({"allowed_origins": "https://a.example, http://localhost:3000"}).allowed_origins == (
+        "https://a.example",
+        "http://localhost:3000",
+    )
 
 
 def test_a_bad_value_names_the_source_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

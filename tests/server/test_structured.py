@@ -494,6 +494,20 @@ def test_ten_bombs_get_a_400_in_time_and_disturb_nobody(checker: GrammarChecker)
     assert good == 200
 
 
+def test_ten_bombs_that_look_harmless_get_a_400_in_time(checker: GrammarChecker) -> None:
+    """Each costs the workers, which are not even running yet, all the time that one is given."""
+
+    def bomb(number: int) -> dict[str, Any]:
+        return {"grammar": f"start: T\nT: {' & '.join(f'/.*{chr(97 + i)}.{{{20 + number}}}/' for i in range(20))}"}
+
+    async def run() -> list[tuple[int, float]]:
+        return await asyncio.gather(*(refuse(checker, bomb(number)) for number in range(10)))
+
+    results = asyncio.run(run())
+    assert [status for status, _ in results] == [400] * 10
+    assert max(seconds for _, seconds in results) < 2
+
+
 def test_verdicts_are_remembered_and_a_dead_worker_is_replaced(checker: GrammarChecker) -> None:
     async def run() -> None:
         await checker.check(Grammar("regex", "a"), "p")

@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel test-clients test-schemathesis test-lm-eval bench bench-long docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -67,6 +67,9 @@ test-schemathesis: $(VENV)/.schemathesis ## every operation of the API document 
 test-lm-eval: $(VENV)/.lm-eval ## lm-eval's scores of the built-in model against the plain reference
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONPATH=. $(BIN)/python -m tests.clients.run -- \
 		$(VENV)/lm-eval/bin/python -m tests.clients.lm_eval_scores
+
+eval-builtin: dev ## ask the built-in model all its questions (ARGS="--json model/builtin/eval.json" keeps the result)
+	$(BIN)/python -m tools.builtin_model eval --check $(ARGS)
 
 bench: dev ## what scheduling and starting cost, against their targets
 	$(BIN)/python -m benchmarks.control_plane --check

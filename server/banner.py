@@ -8,11 +8,17 @@ import socket
 from importlib.metadata import version
 
 from model.config import DeepseekConfig
-from model.json_file import read_json_object
 from scheduler.messages import EngineReady
 from server.address import base_url, is_loopback
 from server.settings import Settings
 from server.sizes import format_count, format_size
+
+SUGGESTIONS = (
+    "What is the capital of France?",
+    "My name is Anna. What is my name?",
+    "What is the opposite of hot?",
+)
+"""Questions that the built-in model answers rightly."""
 
 
 def ready_text(
@@ -30,12 +36,11 @@ def ready_text(
         f"{ready.max_num_seqs} requests at a time, {ready.max_num_batched_tokens} tokens a step",
         f"  cache   {ready.num_blocks:,} blocks of {ready.block_size} = {tokens:,} tokens, "
         f"{format_size(tokens * ready.cache_bytes_per_token)}; longest request {ready.max_model_len:,} tokens",
-        f"  try     {_curl(url, name, bool(settings.api_key))}",
+        f"  try     {_curl(url, name, bool(settings.api_key), SUGGESTIONS[0] if settings.is_builtin else 'Hello')}",
     ]
-    if read_json_object(settings.model / "config.json").get("latentd_untrained"):
-        lines.append(
-            "  note    this model is untrained: its answers are random text. Give a checkpoint folder as MODEL."
-        )
+    if settings.is_builtin:
+        lines.append(f"  ask     the built-in model knows little, but this: {' / '.join(SUGGESTIONS)}")
+        lines.append("  note    to serve another model, give its checkpoint folder as MODEL")
     if not settings.api_key and not is_loopback(settings.host):
         lines.append(
             f"  WARNING listening on {settings.host} without an API key: "
@@ -44,8 +49,8 @@ def ready_text(
     return "\n".join(lines)
 
 
-def _curl(url: str, name: str, with_key: bool) -> str:
-    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+def _curl(url: str, name: str, with_key: bool, question: str) -> str:
+    body = {"model": name, "messages": [{"role": "user", "content": question}], "max_tokens": 32}
     key = '-H "Authorization: Bearer $LATENTD_API_KEY" ' if with_key else ""
     return (
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' {key}"

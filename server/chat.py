@@ -132,8 +132,15 @@ def _think_marks(marks: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def plain_message(message: ChatMessage) -> dict[str, Any]:
-    """A message for the template. An assistant's null is an empty text, unless it calls tools."""
+    """A message for the template. An assistant's null is an empty text, unless it calls tools.
+
+    `function_call` and the role `function` had no ids: there is one call, and its name names it.
+    """
     plain = message.model_dump(exclude={"prefix", "function_call"}, exclude_none=True)
+    if message.role == "function":
+        plain |= {"role": "tool", "tool_call_id": message.name}
+    if (called := message.function_call) is not None:
+        plain["tool_calls"] = [{"id": called.name, "type": "function", "function": called.model_dump()}]
     if not plain.get("tool_calls"):
         plain.pop("tool_calls", None)
         plain.setdefault("content", "")
@@ -154,8 +161,9 @@ def continues_last_message(body: ChatCompletionRequest) -> bool:
     is_continued = bool(last.prefix or body.continue_final_message)
     if is_continued and last.role != "assistant":
         raise BadRequest("Only a message of the assistant can be continued.", param="continue_final_message")
-    if is_continued and last.tool_calls:
-        raise BadRequest("A message that calls tools cannot be continued.", param=f"{where}.tool_calls")
+    if is_continued and (last.tool_calls or last.function_call):
+        calls = "tool_calls" if last.tool_calls else "function_call"
+        raise BadRequest("A message that calls tools cannot be continued.", param=f"{where}.{calls}")
     if is_continued and body.add_generation_prompt:
         raise BadRequest(
             "'add_generation_prompt' begins a new message, so the last one cannot be continued.",

@@ -104,9 +104,10 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     for name, field in Settings.model_fields.items():
         if name == "model":
             serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=field.description)
-        elif name == "prefix_cache":
+        elif field.annotation is bool:
+            action: Literal["store_true", "store_false"] = "store_false" if field.default else "store_true"
             serve.add_argument(
-                flag_of(name), dest=name, action="store_false", default=argparse.SUPPRESS, help=field.description
+                flag_of(name), dest=name, action=action, default=argparse.SUPPRESS, help=field.description
             )
         else:
             repeatable = get_origin(field.annotation) is tuple

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 async def read_body(request: Request, model: type[Model], unsupported: Neutral) -> tuple[Model, list[str]]:
-    """The validated body, and the names of the fields that nothing here reads.
+    """The validated body, and the names of the fields that nothing here reads; null counts as absent.
 
     Raises BadRequest for anything that is not strict JSON of the model's shape (NaN and Infinity are not JSON),
     UnsupportedParameter for a field of `unsupported` with a value that is not neutral, UnsupportedMediaType. Under
@@ -60,7 +60,11 @@ def parse_body(
         if first[0]["type"] == "json_invalid":
             raise BadRequest("The body is not valid JSON, or is nested too deeply.") from None
         raise invalid_fields(first) from None
-    unread = [name for name in fields if name not in model.model_fields and name not in unsupported]
+    unread = [
+        name
+        for name, value in fields.items()
+        if name not in model.model_fields and name not in unsupported and not _is_neutral(value, ())
+    ]
     if strict and (unknown := [name for name in unread if name not in IGNORED]):
         param = unknown[0] if _NAME.fullmatch(unknown[0]) else None
         raise BadRequest("This field is not known to the server.", param=param, code="unknown_parameter")

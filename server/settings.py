@@ -206,7 +206,7 @@ class Settings(BaseSettings):
 
 
 def flag_of(field: str) -> str:
-    """`max_model_len` -> `--max-model-len`; the one switch is spelt by what it turns off."""
+    """`max_model_len` -> `--max-model-len`; the one switch that is on is spelt by what it turns off."""
     return "--no-prefix-cache" if field == "prefix_cache" else "--" + field.replace("_", "-")
 
 

@@ -19,7 +19,7 @@ from tools.write_docs import FILES, PARTS, ROOT, updated
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STRUCTURE = (ROOT / "docs/structure.md").read_text(encoding="utf-8")
 API = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-DOCUMENTS = (*FILES, ROOT / "CHANGELOG.md", ROOT / "model/builtin/README.md")
+DOCUMENTS = (*FILES, ROOT / "CHANGELOG.md", ROOT / "tools/builtin_model/README.md")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -18,7 +18,6 @@ SERVER_SEES = {"scheduler.messages", "scheduler.channel", "scheduler.config", "m
 # What stands in a checkpoint folder is read by the same torch-free code on both sides of the channel.
 READS_CHECKPOINTS = {"model.checkpoint", "model.json_file", "model.memory"}
 MODULES_THAT_READ_CHECKPOINTS = {
-    "server.banner",
     "server.daemon",
     "server.inspect",
 }

@@ -15,6 +15,7 @@ import urllib.request
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,8 @@ def pip(python: str | Path, *arguments: str, timeout: float = 120) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def serve_and_ask(environment: Path, folder: Path) -> dict[str, object]:
-    """Starts the installed command in a folder of its own and returns one completion of the built-in model."""
+def serve_and_ask(environment: Path, folder: Path) -> dict[str, Any]:
+    """Starts the installed command in a folder of its own and returns one answer of the built-in model."""
     log = folder / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -64,10 +65,11 @@ def serve_and_ask(environment: Path, folder: Path) -> dict[str, object]:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         url = log.read_text().partition(" at http://")[2].split()[0]
-        body = json.dumps({"prompt": "Hello", "max_tokens": 4, "temperature": 0}).encode()
-        request = urllib.request.Request(f"http://{url}/completions", body, {"Content-Type": "application/json"})
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        body = json.dumps({"messages": messages, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://{url}/chat/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
-            answer: dict[str, object] = json.load(response)
+            answer: dict[str, Any] = json.load(response)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0, log.read_text()
     finally:
@@ -97,7 +99,7 @@ def check_command(environment: Path, folder: Path) -> None:
     assert Path(where.stdout.strip()).is_relative_to(environment)
     answer = serve_and_ask(environment, folder)
     assert answer["model"] == "latentd-builtin"
-    assert answer["usage"]["completion_tokens"] == 4  # type: ignore[index]
+    assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
 
 def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
@@ -105,7 +107,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) 
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         text = archive.read(metadata).decode()
-        assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
+        licences = {name.partition("/licenses/")[2] for name in archive.namelist() if "/licenses/" in name}
     expected = {
         str(file.relative_to(ROOT))
         for package in PACKAGES
@@ -114,7 +116,8 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) 
     }
     assert names == expected
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
-    assert "model/builtin/config.json" in names
+    assert {f"model/builtin/{name}" for name in ("config.json", "model.safetensors", "README.md", "NOTICE")} <= names
+    assert licences == {"LICENSE", "model/builtin/NOTICE"}
     assert wheel.name == f"latentd-{PROJECT['version']}-py3-none-any.whl"
     assert "License-Expression: Apache-2.0" in text
     assert "# latentd" in text  # the README is the description

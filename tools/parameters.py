@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from server.json_body import IGNORED
 from server.schemas import chat, completion
+from server.schemas.sampling import IGNORED
 
 _SAMPLING = (
     "model max_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty logit_bias "

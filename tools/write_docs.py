@@ -5,12 +5,14 @@ Such a part stands between `<!-- generated: NAME -->` and `<!-- end -->`; tests/
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from model.config import load_config
 from server.app import build_app
 from server.engine_client import EngineClient
 from server.limits import LIMITS
@@ -19,12 +21,14 @@ from server.middleware import OPEN_PATHS
 from server.openapi import STATUSES
 from server.schemas import chat, completion, messages, responses
 from server.schemas.sampling import SamplingFields
-from server.settings import ENV_PREFIX, Settings, flag_of
+from server.settings import BUILTIN_MODEL, ENV_PREFIX, Settings, flag_of
 from server.tokenizer import load_tokenizer
+from tools.builtin_model.evaluate import TARGETS
 from tools.parameters import rows as parameter_rows
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BUILTIN_CARD = BUILTIN_MODEL / "README.md"
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), BUILTIN_CARD)
 
 
 def options() -> str:
@@ -47,7 +51,7 @@ def limits() -> str:
 
 def endpoints() -> str:
     settings = Settings()
-    tokenizer = load_tokenizer(settings.model, vocab_size=3072)
+    tokenizer = load_tokenizer(settings.model, load_config(settings.model).vocab_size)
     paths = build_app(settings, EngineClient(settings.to_engine_config()), tokenizer).openapi()["paths"]
     rows = [
         (f"`{method.upper()} {path}`", operation["summary"], "no" if path in OPEN_PATHS else "yes")
@@ -100,8 +104,21 @@ def metrics() -> str:
     )
 
 
+def evaluation() -> str:
+    """What the built-in model can do, row by row, as `eval.json` has it."""
+    result = json.loads((BUILTIN_MODEL / "eval.json").read_text(encoding="utf-8"))
+    rows = []
+    for row, counts in result["rows"].items():
+        target = f"{TARGETS[row]} %" if row in TARGETS else ""
+        share = f"{100 * counts['right'] / counts['asked']:.0f} %"
+        rows.append((row.replace("_", " "), f"{counts['right']} of {counts['asked']}", share, target))
+    tokens = f"perplexity of the right answers, {result['answer_tokens']:,} tokens"
+    return table(("row", "right", "", "target"), [*rows, (tokens, f"{result['answer_perplexity']:.3f}", "", "")])
+
+
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (options, limits, endpoints, fields, refused, parameters, statuses, metrics)
+    part.__name__: part
+    for part in (options, limits, endpoints, fields, refused, parameters, statuses, metrics, evaluation)
 }
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -116,6 +116,10 @@ class ChatEncoder:
                 token_ids=list(event.token_ids) if self._with_ids else UNSET,
             )
             data += self._chunk([choice], usage)
+            # Clients take a call's first delta for its name alone: what it has of arguments comes after it.
+            if filled := [_arguments_chunk(call) for call in event.tool_calls if call.call_id and call.arguments]:
+                choice = ChunkChoice(index=event.index, delta=ChunkDelta(tool_calls=filled))
+                data += self._chunk([choice], usage)
         if event.finish_reason is not None:
             choice = ChunkChoice(
                 index=event.index,
@@ -180,10 +184,12 @@ class ChatEncoder:
 
 
 def _call_chunk(call: ToolCallDelta) -> ToolCallChunk:
-    is_first = call.call_id is not None
-    return ToolCallChunk(
-        index=call.index,
-        id=UNSET if call.call_id is None else call.call_id,
-        type="function" if is_first else UNSET,
-        function=FunctionDelta(name=UNSET if call.name is None else call.name, arguments=call.arguments),
-    )
+    """A call's next delta: its name with no arguments, or arguments."""
+    if call.call_id is None:
+        return _arguments_chunk(call)
+    function = FunctionDelta(name=UNSET if call.name is None else call.name)
+    return ToolCallChunk(index=call.index, id=call.call_id, type="function", function=function)
+
+
+def _arguments_chunk(call: ToolCallDelta) -> ToolCallChunk:
+    return ToolCallChunk(index=call.index, function=FunctionDelta(arguments=call.arguments))

@@ -68,15 +68,15 @@ class ToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    role: Literal["developer", "system", "user", "assistant", "tool"] = Field(
-        description="`developer` counts as `system`."
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"] = Field(
+        description="`developer` counts as `system`, `function` as `tool`."
     )
     content: Content | None = Field(None, description="May be null for the assistant only.")
     name: str | None = Field(None, max_length=int(limits.NAME.maximum))
     reasoning_content: str | None = Field(None, description="What the assistant thought, for templates that read it.")
     tool_calls: Annotated[list[ToolCall], Field(max_length=int(limits.TOOL_CALLS.maximum))] | None = None
     tool_call_id: str | None = Field(None, max_length=int(limits.NAME.maximum))
-    function_call: None = None
+    function_call: CalledFunction | None = Field(None, description="As one of `tool_calls`.")
     prefix: bool | None = Field(
         None, description="On the last message, of the assistant: the answer continues it (as DeepSeek's API)."
     )

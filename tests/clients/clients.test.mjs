@@ -16,7 +16,7 @@ const messages = [{ role: "user", content: "Tell me of the sea." }];
 const greedy = { model, messages, temperature: 0, max_tokens: 16 };
 const client = new OpenAI({ baseURL, apiKey: "unused", maxRetries: 0 });
 
-// Every value has few forms, so that a model of random weights comes to the end.
+// Every value has few forms, so that any model comes to the end.
 const Mood = z.object({ mood: z.enum(["calm", "wild"]), deep: z.boolean() });
 const moodSchema = {
   type: "object",

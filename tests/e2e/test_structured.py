@@ -1,4 +1,4 @@
-"""Structured output of the real process: the built-in model knows nothing, so whatever is right is enforced."""
+"""Structured output of the real process: the model knows none of these schemas, so whatever is right is enforced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def response_format(schema: Any, **more: Any) -> dict[str, Any]:
 
 
 def chat(content: str = "Answer.", **fields: Any) -> dict[str, Any]:
-    defaults = {"max_tokens": MAX_TOKENS, "temperature": 1.0}
+    """Hot, so that much of what a grammar allows is tried."""
+    defaults = {"max_tokens": MAX_TOKENS, "temperature": 2.0}
     return {"messages": [{"role": "user", "content": content}], **defaults, **fields}
 
 
@@ -69,7 +70,7 @@ def test_the_suite_sixteen_at_once(daemon: Daemon) -> None:
     schemas = list(suite().values())
     bodies = [chat(seed=seed, response_format=response_format(schema)) for seed, schema in enumerate(schemas)]
     given = asyncio.run(answers(daemon.url, bodies, AT_ONCE))
-    assert check(schemas, given) >= 0.97 * len(schemas)
+    assert check(schemas, given) >= 0.93 * len(schemas)  # the rest is text and lists without end
 
 
 def test_under_preemption_nothing_changes(small: Daemon) -> None:
@@ -118,7 +119,7 @@ def test_constraints_of_completions_and_streams(daemon: Daemon) -> None:
 
 
 def test_json_object(daemon: Daemon) -> None:
-    """Biased towards short: an object of a model that knows nothing would have keys without end."""
+    """Biased towards short: an object of a model that was asked for none may have keys without end."""
     with httpx.Client(base_url=daemon.url, timeout=60) as client:
         tokens = {text: client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}) for text in '"}'}
         bias = {str(response.json()["tokens"][0]): 8 for response in tokens.values()}

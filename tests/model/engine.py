@@ -24,6 +24,17 @@ class Outcome:
     """Empty where a request did not ask."""
     num_preemptions: int
 
+    @classmethod
+    def together(cls, parts: list[Outcome]) -> Outcome:
+        """Of several calls, as if it were one."""
+        return cls(
+            tokens=[tokens for part in parts for tokens in part.tokens],
+            cached_tokens=[cached for part in parts for cached in part.cached_tokens],
+            logprobs=[column for part in parts for column in part.logprobs],
+            prompt_logprobs=[column for part in parts for column in part.prompt_logprobs],
+            num_preemptions=sum(part.num_preemptions for part in parts),
+        )
+
 
 class Engine:
     """Scheduler and model in one process, stepping until nothing is left."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.chat_template import ChatTemplate, Prompt, TemplateError, load_chat_template
 from server.tokenizer import Segment, Tokenizer, load_tokenizer
-from tests.server.tokenizer_folders import BUILTIN, V3_TOKENIZER, V3_VOCAB_SIZE
+from tests.server.tokenizer_folders import BUILTIN, BUILTIN_VOCAB_SIZE, V3_TOKENIZER, V3_VOCAB_SIZE
 
 B, E = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 U, A = "<｜User｜>", "<｜Assistant｜>"
@@ -112,7 +112,7 @@ def test_tool_calls_and_results_of_the_v3_template() -> None:
 
 
 def test_the_builtin_template_speaks_v2_5() -> None:
-    builtin = load_tokenizer(BUILTIN, 3072)
+    builtin = load_tokenizer(BUILTIN, BUILTIN_VOCAB_SIZE)
     chat = load_chat_template(builtin)
     assert chat is not None
     assert not chat.strip_leading_space
@@ -130,7 +130,7 @@ def test_the_builtin_template_speaks_v2_5() -> None:
 
 
 def test_base_models_have_no_template() -> None:
-    builtin = load_tokenizer(BUILTIN, 3072)
+    builtin = load_tokenizer(BUILTIN, BUILTIN_VOCAB_SIZE)
     builtin.chat_template = None
     assert load_chat_template(builtin) is None
 

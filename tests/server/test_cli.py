@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from server import healthcheck
+from server.banner import SUGGESTIONS
 from server.cli import main
 from server.limits import LIMITS
 from server.settings import BUILTIN_MODEL, Settings, flag_of
@@ -90,7 +91,7 @@ def test_print_config_is_a_config_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LATENTD_API_KEY", "sk-canary")
-    flags = ["--port", "9", "--served-model-name", "a", "--served-model-name", 'b"', "--no-prefix-cache"]
+    flags = ["--port", "9", "--served-model-name", "a", "--served-model-name", 'b"', "--no-prefix-cache", "--strict"]
     assert main(["serve", *flags, "--kv-cache-memory", "2GiB", "--print-config"]) == 0
     text = capsys.readouterr().out
     assert "sk-canary" not in text
@@ -98,6 +99,7 @@ def test_print_config_is_a_config_file(
     values = tomllib.loads(text)
     assert values["served_model_name"] == ["a", 'b"']
     assert (values["port"], values["prefix_cache"], values["kv_cache_memory"]) == (9, False, 2 << 30)
+    assert values["strict"] is True
     file = tmp_path / "latentd.toml"
     file.write_text(text, encoding="utf-8")
     assert main(["serve", "--config", str(file), "--print-config"]) == 0
@@ -252,7 +254,7 @@ def test_a_daemon_from_its_first_line_to_a_drain(capsys: pytest.CaptureFixture[s
     assert "Traceback" not in err
     assert f"serves latentd-builtin at http://127.0.0.1:{port}/v1" in out
     assert "64 blocks of 64 = 4,096 tokens" in out
-    assert "this model is untrained" in out
+    assert all(question in out for question in SUGGESTIONS)
     assert "without an API key" in out
     assert out.count("curl ") == 1
 

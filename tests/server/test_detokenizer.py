@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from server.detokenizer import Detokenizer
 from server.tokenizer import Tokenizer, load_tokenizer
-from tests.server.tokenizer_folders import BUILTIN, V3_TOKENIZER, V3_VOCAB_SIZE
+from tests.server.tokenizer_folders import BUILTIN, BUILTIN_VOCAB_SIZE, V3_TOKENIZER, V3_VOCAB_SIZE
 
-FOLDERS = {"builtin": (BUILTIN, 3072), "v3": (V3_TOKENIZER, V3_VOCAB_SIZE)}
+FOLDERS = {"builtin": (BUILTIN, BUILTIN_VOCAB_SIZE), "v3": (V3_TOKENIZER, V3_VOCAB_SIZE)}
 LOADED = {name: load_tokenizer(folder, size) for name, (folder, size) in FOLDERS.items()}
 
 

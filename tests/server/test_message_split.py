@@ -78,10 +78,48 @@ def test_streamed_deltas() -> None:
     pieces = [piece for delta in deltas for piece in delta.get("tool_calls", ())]
     for index, name, arguments in ((0, "weather", '{"city": "Rome"}'), (1, "now", "{}")):
         first, *rest = [piece for piece in pieces if piece["index"] == index]
-        assert (first["type"], first["function"]["name"], first["id"][:5]) == ("function", name, "call_")
+        assert (first["type"], first["id"][:5]) == ("function", "call_")
+        assert first["function"] == {"name": name, "arguments": ""}
         assert all(set(piece) == {"index", "function"} and set(piece["function"]) == {"arguments"} for piece in rest)
         assert "".join(piece["function"]["arguments"] for piece in (first, *rest)) == arguments
     assert len([piece for piece in pieces if "id" in piece]) == 2
+
+
+def test_a_call_that_comes_at_once_is_still_opened_by_a_delta_of_its_own() -> None:
+    def at_once(engine: ScriptedEngine, request: AddRequest, stream: RequestStream) -> None:
+        stream.push([*ids_of(CALLS)], started=Started(0, 0.0, 0.0))
+        stream.push([1], finished=finish(FinishReason.STOP, stop_token_id=1))
+
+    answer, _ = ask(at_once, tools=TOOLS, stream=True)
+    deltas = [event["choices"][0]["delta"] for event in answer.events]
+    opened, filled = (delta["tool_calls"] for delta in deltas if "tool_calls" in delta)
+    assert [call["function"] for call in opened] == [{"name": name, "arguments": ""} for name in ("weather", "now")]
+    assert filled == [
+        {"index": 0, "function": {"arguments": '{"city": "Rome"}'}},
+        {"index": 1, "function": {"arguments": "{}"}},
+    ]
+
+
+def test_the_calls_and_results_of_openai_s_first_spelling() -> None:
+    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    asked = {"role": "user", "content": "?"}
+    old = [
+        {"role": "assistant", "content": None, "function_call": function},
+        {"role": "function", "name": "weather", "content": "sunny"},
+    ]
+    new = [
+        {"role": "assistant", "tool_calls": [{"id": "weather", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "weather", "content": "sunny"},
+    ]
+    for tools in ([], TOOLS):
+        prompts = []
+        for messages in (old, new):
+            answer, engine = ask(answers("ok"), messages=[asked, *messages], tools=tools)
+            assert answer.status == 200
+            prompts.append(engine.requests[0].prompt)
+        assert prompts[0] == prompts[1]
+    answer, _ = ask(answers("ok"), messages=[asked, old[0]], continue_final_message=True)
+    assert (answer.status, answer.json["error"]["param"]) == (400, "messages[1].function_call")
 
 
 def test_an_answer_without_calls_has_none() -> None:

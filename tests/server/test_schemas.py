@@ -207,7 +207,7 @@ def test_neutral_is_compared_with_its_type() -> None:
 
 
 def test_unread_fields_are_reported() -> None:
-    body = b'{"prompt": "x", "user": "me", "foo": 1, "n": 1, "top_p": null}'
+    body = b'{"prompt": "x", "user": "me", "foo": 1, "n": 1, "top_p": null, "store": null, "bar": null}'
     _, ignored = parse_body(body, CompletionRequest, completion.UNSUPPORTED)
     assert ignored == ["user", "foo"]
 
@@ -218,6 +218,7 @@ def test_strict_refuses_what_is_not_known() -> None:
         parse_body(body, CompletionRequest, completion.UNSUPPORTED, strict=True)
 
     parse("user")
+    parse_body(b'{"prompt": "x", "foo": null}', CompletionRequest, completion.UNSUPPORTED, strict=True)
     for name, param in (("foo", "foo"), ("a\nb", None)):
         with pytest.raises(ApiError) as caught:
             parse(name)

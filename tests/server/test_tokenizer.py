@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from server.tokenizer import EncodeError, Segment, Tokenizer, TokenizerError, load_tokenizer
-from tests.server.tokenizer_folders import BUILTIN, V3_TOKENIZER, V3_VOCAB_SIZE
+from tests.server.tokenizer_folders import BUILTIN, BUILTIN_VOCAB_SIZE, V3_TOKENIZER, V3_VOCAB_SIZE
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TEXTS = ("", "Hello, world!", "  12345 x  ", "中文🙂 ℕ é\r\n\t", "a<｜User｜>b<think>c", "\x00 ﷽ \u200b")
@@ -23,7 +23,7 @@ TEXTS = ("", "Hello, world!", "  12345 x  ", "中文🙂 ℕ é\r\n\t", "a<｜Us
 
 @pytest.fixture(scope="module")
 def builtin() -> Tokenizer:
-    return load_tokenizer(BUILTIN, 3072)
+    return load_tokenizer(BUILTIN, BUILTIN_VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def tiny() -> tokenizers.Tokenizer:
 
 
 def test_ids_are_the_librarys(tokenizer: Tokenizer) -> None:
-    folder = BUILTIN if tokenizer.vocab_size == 3072 else V3_TOKENIZER
+    folder = BUILTIN if tokenizer.vocab_size == BUILTIN_VOCAB_SIZE else V3_TOKENIZER
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS:
         ids = encode(tokenizer, text)

@@ -12,7 +12,7 @@ from server.tokenizer import load_tokenizer
 from server.tool_prompt import template_variables
 from server.tool_syntax import detect_syntax
 from tests.server.test_chat_template import CHATS, V2_5, V2_CHAT, B, E, assistant, system, user
-from tests.server.tokenizer_folders import BUILTIN, V3_TOKENIZER, V3_VOCAB_SIZE
+from tests.server.tokenizer_folders import BUILTIN, BUILTIN_VOCAB_SIZE, V3_TOKENIZER, V3_VOCAB_SIZE
 
 U, A = "<｜User｜>", "<｜Assistant｜>"
 V3 = load_tokenizer(V3_TOKENIZER, V3_VOCAB_SIZE)
@@ -126,7 +126,7 @@ def test_r1_begins_its_thoughts_and_forgets_earlier_ones() -> None:
 
 
 def test_the_built_in_template_is_right_and_gets_the_tools() -> None:
-    tokenizer = load_tokenizer(BUILTIN, 3072)
+    tokenizer = load_tokenizer(BUILTIN, BUILTIN_VOCAB_SIZE)
     chat = load_chat_template(tokenizer)
     assert chat is not None
     assert tokenizer.chat_template is not None

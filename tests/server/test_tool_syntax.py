@@ -27,10 +27,11 @@ from server.tool_syntax import (
     tool_grammar,
 )
 from tests.server.test_message_parser import join
-from tests.server.tokenizer_folders import BUILTIN, V3_TOKENIZER, V3_VOCAB_SIZE
+from tests.server.tokenizer_folders import BUILTIN, BUILTIN_VOCAB_SIZE, V3_TOKENIZER, V3_VOCAB_SIZE
 
-TOKENIZER = load_tokenizer(BUILTIN, 3072)
-LIBRARY = LLTokenizer((BUILTIN / "tokenizer.json").read_text(), n_vocab=3072, eos_token=3056)
+TOKENIZER = load_tokenizer(BUILTIN, BUILTIN_VOCAB_SIZE)
+[EOS] = TOKENIZER.eos_token_ids
+LIBRARY = LLTokenizer((BUILTIN / "tokenizer.json").read_text(), n_vocab=BUILTIN_VOCAB_SIZE, eos_token=EOS)
 SYNTAX = detect_syntax(TOKENIZER, TOKENIZER.chat_template)
 # The built-in tokenizer has none of Kimi's marks: there they are written as text.
 SYNTAXES = [SYNTAX, replace(DEEPSEEK_V31, marks=SYNTAX.marks), KIMI_K2, JSON_CALLS]
@@ -69,9 +70,9 @@ def sample(grammar: Grammar, seed: int, max_tokens: int = 400, prefix: tuple[int
     assert matcher.consume_tokens(ids)
     while len(ids) < max_tokens:
         mask = matcher.compute_bitmask()
-        allowed = [index for index in range(3072) if mask[index // 8] >> index % 8 & 1]
+        allowed = [index for index in range(BUILTIN_VOCAB_SIZE) if mask[index // 8] >> index % 8 & 1]
         token = random.choice(allowed)
-        if token == 3056:
+        if token == EOS:
             return b"".join(map(TOKENIZER.token_bytes, ids)).decode(errors="replace")
         assert matcher.consume_token(token), matcher.get_error()
         ids.append(token)
@@ -190,16 +191,17 @@ def test_auto_with_a_constrained_answer(answer: Grammar, matches: tuple[str, ...
 
 def test_thoughts_are_free_before_forced_calls() -> None:
     # No mark for thoughts in the built-in tokenizer: some other control token stands for it.
-    syntax = replace(SYNTAX, marks={**SYNTAX.marks, "</think>": 3062})
+    [stand_in] = LIBRARY.tokenize_str("<|EOT|>", parse_special=True)
+    syntax = replace(SYNTAX, marks={**SYNTAX.marks, "</think>": stand_in})
     grammar = tool_grammar(syntax, TOOLS, "required", thinking=True)
     answer = tool_grammar(syntax, [], None, answer=Grammar("json_schema", '{"const": 7}'), thinking=True)
     assert grammar is not None
     assert answer is not None
     for seed in range(4):
-        text = sample(grammar, seed, prefix=(*LIBRARY.tokenize_str("Hm. "), 3062))
+        text = sample(grammar, seed, prefix=(*LIBRARY.tokenize_str("Hm. "), stand_in))
         if text is not None:
             assert calls_of(syntax, text.replace("<|EOT|>", "</think>"), reasoning=True)
-        text = sample(answer, seed, prefix=(*LIBRARY.tokenize_str("Hm."), 3062))
+        text = sample(answer, seed, prefix=(*LIBRARY.tokenize_str("Hm."), stand_in))
         assert text is not None
         assert text.endswith("7")
     assert tool_grammar(syntax, TOOLS, "auto", thinking=True) is None

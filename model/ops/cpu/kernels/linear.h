@@ -48,13 +48,15 @@ LATENTD_INLINE void finish_row(const float* sums, int64_t columns, const bf16* b
     }
 }
 
-inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void* weight, int64_t m, int64_t n, int64_t k,
-                   const bf16* bias, const bf16* residual, void* y, int64_t ldy, int y_is_float) {
+inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void* weight, int64_t m, int64_t n,
+                   int64_t k, const bf16* bias, const bf16* residual, void* y, int64_t ldy, int y_is_float) {
     const void* rows = x;
     int64_t row_bytes = ldx * 2;
     if (format != LATENTD_BF16) {
         QuantisedGroup* quantised = quantised_rows(m * (k / GROUP));
-        latentd::parallel_for(m, [=](int64_t row) { quantise(x + row * ldx, k, quantised + row * (k / GROUP)); });
+        latentd::parallel_ranges(m, latentd::SMALL_ROWS, [=](int64_t row, int64_t stop) {
+            for (; row < stop; row++) quantise(x + row * ldx, k, quantised + row * (k / GROUP));
+        });
         rows = quantised;
         row_bytes = activation_bytes(format, k);
     }

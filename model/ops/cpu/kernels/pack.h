@@ -44,8 +44,8 @@ LATENTD_INLINE Float extreme(const GroupOfRows& group) {
     return best;
 }
 
-// Numbers of a group counted with a tried scale are q; the scale that fits those best is sum(w q) / sum(q q), and with it
-// sum(w w) - sum(w q)^2 / sum(q q) is left as squared error.
+// Numbers of a group counted with a tried scale are q; the scale that fits those best is sum(w q) / sum(q q), and with
+// it sum(w w) - sum(w q)^2 / sum(q q) is left as squared error.
 LATENTD_INLINE Scales fitted(const GroupOfRows& group, Float tried) {
     Float inverse_scale = inverse(tried), products = {}, squares = {};
     for (int64_t k = 0; k < GROUP; k++) {
@@ -57,8 +57,8 @@ LATENTD_INLINE Scales fitted(const GroupOfRows& group, Float tried) {
     return {scale, products * scale};
 }
 
-// Four bits have 16 numbers, one more below 0 than above: both signs are tried, each with the extreme number between a bit
-// outside of what can be counted and well inside.
+// Four bits have 16 numbers, one more below 0 than above: both signs are tried, each with the extreme number between a
+// bit outside of what can be counted and well inside.
 LATENTD_INLINE Float int4_scale(const GroupOfRows& group) {
     Float largest = extreme(group);
     Scales best = fitted(group, largest * splat(-1.0f / 8.0f));
@@ -88,6 +88,7 @@ template <latentd_format FORMAT>
 inline void pack_group(const bf16* weight, int64_t rows, int64_t k, uint8_t* to) {
     constexpr bool HALVES = FORMAT == LATENTD_INT4;
     constexpr float ZERO = latentd::zero_of(FORMAT);
+    constexpr float LOWEST = HALVES ? -8.0f : -127.0f, HIGHEST = HALVES ? 7.0f : 127.0f;
     bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(FORMAT));
     for (int64_t first = 0; first < PANEL; first += LANES) {
         GroupOfRows group = read_group(weight, rows, k, first);
@@ -96,9 +97,10 @@ inline void pack_group(const bf16* weight, int64_t rows, int64_t k, uint8_t* to)
         store(scales + first, scale);
         Float inverse_scale = inverse(scale);
         Uint numbers[GROUP];
-        for (int64_t i = 0; i < GROUP; i++)
-            numbers[i] = bits<Uint>(__builtin_convertvector(
-                counted(group.values[i], inverse_scale, HALVES ? -8.0f : -127.0f, HALVES ? 7.0f : 127.0f) + splat(ZERO), Int));
+        for (int64_t i = 0; i < GROUP; i++) {
+            Float number = counted(group.values[i], inverse_scale, LOWEST, HIGHEST) + splat(ZERO);
+            numbers[i] = bits<Uint>(__builtin_convertvector(number, Int));
+        }
         for (int64_t quad = 0; quad < GROUP / 4; quad += HALVES ? 2 : 1) {
             Uint packed = {};
             for (int64_t i = 0; i < 4; i++) {

@@ -3,8 +3,8 @@
 // A panel of a weight [N, K] is, of
 //   bf16: [K / 2][64][2] bf16, pairs of consecutive k beside each other;
 //   int8: for every group of 32 k, [8][64][4] bytes, w / scale + 128 of four consecutive k, then 64 bf16 scales;
-//   int4: for every group of 32 k, [4][64][4] bytes, whose low halves are w / scale + 8 of the k in [8 i, 8 i + 4), i the
-//         first index, and whose high halves are those of the next four k; then 64 bf16 scales.
+//   int4: for every group of 32 k, [4][64][4] bytes, the i-th of whose low halves are w / scale + 8 of the k in
+//         [8 i, 8 i + 4), and whose high halves are those of the next four k; then 64 bf16 scales.
 // Weights are unsigned because the instruction for bytes wants one side to be.
 #pragma once
 

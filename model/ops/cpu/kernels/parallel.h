@@ -20,8 +20,8 @@ inline __attribute__((always_inline)) int thread_index() {
 #endif
 }
 
-// Calls job(0) ... job(jobs - 1), each once, on up to num_threads threads; which one runs on which is left open, so a job
-// must not depend on others of the same call. Returns when all have ended.
+// Calls job(0) ... job(jobs - 1), each once, on up to num_threads threads; which one runs on which is left open, so a
+// job must not depend on others of the same call. Returns when all have ended.
 template <typename Job>
 inline void parallel_for(int64_t jobs, const Job& job) {
     if (jobs <= 1 || num_threads <= 1) {

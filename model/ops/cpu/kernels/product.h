@@ -1,8 +1,8 @@
 // C = A B of rows of activations with one panel of a packed weight, whatever its format.
 //
-// bf16 weights take bf16 activations as they are. int8 and int4 weights take activations that are quantised too, each group
-// of 32 with a scale of its own, so that the sum over a group is one of whole numbers, and exact. The sum over k runs in
-// one order whatever the number of rows is: a row's result does not depend on which rows it is computed with.
+// bf16 weights take bf16 activations as they are. int8 and int4 weights take activations that are quantised too, each
+// group of 32 with a scale of its own, so that the sum over a group is one of whole numbers, and exact. The sum over k
+// runs in one order whatever the number of rows is: a row's result does not depend on which rows it is computed with.
 #pragma once
 
 #include "packed.h"
@@ -55,11 +55,11 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
     }
 }
 
-// Rows of A are lda groups apart. BYTES: a weight is a byte (of int8, or of int4 spread out), or half a one. `zero` is what
-// stands for a weight of 0.
+// Rows of A are lda groups apart. BYTES: a weight is a byte (of int8, or of int4 spread out), or half a one. `zero` is
+// what stands for a weight of 0.
 template <int ROWS, bool BYTES, bool FETCH>
-LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero, float* c,
-                               int64_t ldc, bool add, Ahead ahead) {
+LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
+                               float* c, int64_t ldc, bool add, Ahead ahead) {
     constexpr int VECTORS = vectors_of(2 * ROWS);
     constexpr int64_t WEIGHTS = PANEL * GROUP / (BYTES ? 1 : 2);
     for (int64_t first = 0; first < PANEL; first += VECTORS * LANES) {
@@ -90,8 +90,10 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
             const bf16* scales = reinterpret_cast<const bf16*>(from - 4 * first + WEIGHTS) + first;
             for (int v = 0; v < VECTORS; v++) {
                 Float scale = load(scales + v * LANES);
-                for (int row = 0; row < ROWS; row++)
-                    total[row][v] += __builtin_convertvector(sum[row][v], Float) * (scale * splat(a[row * lda + group].scale));
+                for (int row = 0; row < ROWS; row++) {
+                    Float both_scales = scale * splat(a[row * lda + group].scale);
+                    total[row][v] += __builtin_convertvector(sum[row][v], Float) * both_scales;
+                }
             }
         }
         LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
@@ -132,8 +134,8 @@ template <bool FETCH>
 inline void block_product(latentd_format format, bool bytes, int64_t rows, const char* a, int64_t lda, const uint8_t* b,
                           int64_t k, float* c, int64_t ldc, bool add, Ahead ahead) {
     if (format == LATENTD_BF16)
-        return tile<FETCH>(rows, reinterpret_cast<const bf16*>(a), lda / 2, reinterpret_cast<const bf16*>(b), k / 2, c, ldc,
-                           add, ahead);
+        return tile<FETCH>(rows, reinterpret_cast<const bf16*>(a), lda / 2, reinterpret_cast<const bf16*>(b), k / 2, c,
+                           ldc, add, ahead);
     const QuantisedGroup* groups = reinterpret_cast<const QuantisedGroup*>(a);
     int64_t stride = lda / int64_t(sizeof(QuantisedGroup));
     int zero = latentd::zero_of(format);
@@ -147,8 +149,9 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
     const char* activations = static_cast<const char*>(a);
     const uint8_t* weights = static_cast<const uint8_t*>(panel);
     int64_t tile_rows = format == LATENTD_BF16 ? TILE_ROWS : GROUP_ROWS;
+    bool bytes = format == LATENTD_INT8;
     if (rows <= tile_rows)
-        return block_product<false>(format, format == LATENTD_INT8, rows, activations, lda, weights, k, c, ldc, false, {});
+        return block_product<false>(format, bytes, rows, activations, lda, weights, k, c, ldc, false, {});
 
     // More rows pass block after block of weights. The first tiles of a block bring the next block from memory, so that
     // it is read while the rows are computed and not before.
@@ -156,14 +159,15 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
     int64_t block = block_of(format);
     // Halves are made bytes once for many rows.
     bool spread = format == LATENTD_INT4 && tiles > 2;
+    bytes = bytes || spread;
     alignas(64) uint8_t spread_weights[block_of(LATENTD_INT4) / GROUP * latentd::group_bytes(LATENTD_INT8)];
     for (int64_t first = 0; first < k; first += block) {
         int64_t some = k - first < block ? k - first : block;
         int64_t next = k - first - some < block ? k - first - some : block;
         const uint8_t* from = weights + latentd::panel_bytes(format, first);
-        bool bytes = spread || format == LATENTD_INT8;
         int64_t steps = some / (format == LATENTD_BF16 ? 2 : bytes ? 4 : 8);
-        Ahead ahead = {from + latentd::panel_bytes(format, some), latentd::panel_bytes(format, next) / (steps * fetching)};
+        int64_t step = latentd::panel_bytes(format, next) / (steps * fetching);
+        Ahead ahead = {from + latentd::panel_bytes(format, some), step};
         if (spread) {
             spread_halves(from, some / GROUP, spread_weights);
             from = spread_weights;
@@ -176,7 +180,7 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
                 block_product<true>(format, bytes, count, of_rows, lda, from, some, to, ldc, first > 0, ahead);
             else
                 block_product<false>(format, bytes, count, of_rows, lda, from, some, to, ldc, first > 0, {});
-            ahead.from += ahead.step * steps;
+            ahead.from += step * steps;
         }
     }
 }

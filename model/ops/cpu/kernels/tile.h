@@ -60,8 +60,8 @@ LATENTD_INLINE void tile_rows(const bf16* a, int64_t lda, const bf16* b, int64_t
 }
 
 template <bool FETCH>
-inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc, bool add,
-                 Ahead ahead) {
+inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc,
+                 bool add, Ahead ahead) {
     for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc)
         tile_rows<TILE_ROWS, FETCH>(a, lda, b, pairs, c, ldc, add, ahead);
     switch (rows) {
@@ -76,7 +76,8 @@ inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_
 }
 
 // Any number of rows.
-inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc, bool add) {
+inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc,
+                 bool add) {
     tile<false>(rows, a, lda, b, pairs, c, ldc, add, Ahead{});
 }
 

@@ -1,9 +1,9 @@
-// A register of numbers, in the vector extensions of GCC and Clang: one source for every instruction set. Its width is the
-// instruction set's own: compilers keep wider ones in memory. The few places where an instruction has no spelling in the
-// language are marked; each has a plain twin that computes the same.
+// A register of numbers, in the vector extensions of GCC and Clang: one source for every instruction set. Its width is
+// the instruction set's own: compilers keep wider ones in memory. The few places where an instruction has no spelling
+// in the language are marked; each has a plain twin that computes the same.
 //
-// Every instruction set's copy of this code lives in a namespace of its own (ISA, given by the build), and nothing of the
-// standard library's templates is used in it: the linker would keep one copy for all, perhaps the wrong one.
+// Every instruction set's copy of this code lives in a namespace of its own (ISA, given by the build), and nothing of
+// the standard library's templates is used in it: the linker would keep one copy for all, perhaps the wrong one.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,11 @@
 
 #define LATENTD_INLINE inline __attribute__((always_inline))
 // Before loops over arrays of vectors: unrolled early they are registers, unrolled late they stay in memory too.
+#if defined(__clang__)
+#define LATENTD_UNROLL _Pragma("unroll")
+#else
 #define LATENTD_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 namespace ISA {
 

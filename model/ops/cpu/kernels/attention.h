@@ -80,7 +80,8 @@ inline void attention(const latentd_attention_shape* shape, int64_t layer, const
         while (row < shape->rows && !expanding_is_cheaper(*shape, row)) row++;
         absorbed.attend(step, first, row, plan.scratch);
         if (row == shape->rows) break;
-        ExpandedAttention(plan.rest, *shape, step.tokens_of(row), shape->context_lens[row]).attend(step, row, plan.scratch);
+        ExpandedAttention expanded(plan.rest, *shape, step.tokens_of(row), shape->context_lens[row]);
+        expanded.attend(step, row, plan.scratch);
         row++;
     }
 }

@@ -1,8 +1,9 @@
-// Absorbed attention (DeepSeek-V2, arXiv 2405.04434, 2.1.2): W_UK goes into the queries and W_UV behind the sum, so that
-// all heads share one key, the latent as it lies in the cache.
+// Absorbed attention (DeepSeek-V2, arXiv 2405.04434, 2.1.2): W_UK goes into the queries and W_UV behind the sum, so
+// that all heads share one key, the latent as it lies in the cache.
 //
-// A row's keys are split among jobs by the number of keys alone, and what they found is put together in the order of the
-// keys: a row's result does not depend on its neighbours. Tokens are taken in waves that the workspace has room for.
+// A row's keys are split among jobs by the number of keys alone, and what they found is put together in the order of
+// the keys: a row's result does not depend on its neighbours. Tokens are taken in waves that the workspace has room
+// for.
 #pragma once
 
 #include "attention_step.h"
@@ -127,8 +128,8 @@ private:
         const bf16* queries = step.nope(first_token + first, head);
         float products[TOKENS_A_JOB * COLUMNS];
         for (int64_t column = 0; column < shape.rank; column += COLUMNS) {
-            tile(count, queries, step.nope_token_stride, step.absorb.rows(head, column), shape.nope / 2, products, COLUMNS,
-                 false);
+            tile(count, queries, step.nope_token_stride, step.absorb.rows(head, column), shape.nope / 2, products,
+                 COLUMNS, false);
             for (int64_t i = 0; i < count; i++)
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.rank - column), latents + i * stride + column);
         }
@@ -148,7 +149,8 @@ private:
         group.sums = sums_ + job.sum * sum_width_;
         group.begin();
         group.see(step.visible(job.row, job.token), step.shape.heads, job.first_head);
-        transpose_pairs(latents_ + job.first_query * width, width, job.queries, group.pairs, group.padded, scratch.queries);
+        transpose_pairs(latents_ + job.first_query * width, width, job.queries, group.pairs, group.padded,
+                        scratch.queries);
         const bf16* page = step.page(job.row, job.first_key);
         for (int64_t key = job.first_key; key < job.stop_key; key += KEYS) {
             int64_t count = smaller(KEYS, job.stop_key - key);
@@ -189,7 +191,8 @@ private:
         }
         for (int64_t split = 0; split < token.splits; split += LANES)
             store(weights + split, power_of_two(load(weights + split) - splat(peak)));
-        for (int64_t split = 0; split < token.splits; split++) total += weights[split] * totals_[first + split * token.step];
+        for (int64_t split = 0; split < token.splits; split++)
+            total += weights[split] * totals_[first + split * token.step];
         for (int64_t column = 0; column < rank; column += LANES) {
             Float sum{};
             for (int64_t split = 0; split < token.splits; split++)

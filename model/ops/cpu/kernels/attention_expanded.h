@@ -54,8 +54,8 @@ public:
 
 private:
     // Keys [first_key, first_key + count) of one head, to place `at` of the block.
-    void rebuild(const AttentionStep& step, int64_t row, int64_t first_head, int64_t slot, int64_t first_key, int64_t count,
-                 int64_t at, const PageScratch& scratch) {
+    void rebuild(const AttentionStep& step, int64_t row, int64_t first_head, int64_t slot, int64_t first_key,
+                 int64_t count, int64_t at, const PageScratch& scratch) {
         const auto& shape = step.shape;
         int64_t width = step.latent_width(), head = first_head + slot;
         const bf16* latents = step.page(row, first_key);
@@ -68,7 +68,8 @@ private:
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.nope - column), keys + i * key_width_ + column);
         }
         for (int64_t i = 0; i < count; i++)
-            memcpy(keys + i * key_width_ + shape.nope, latents + i * width + shape.rank, size_t(shape.rope) * sizeof(bf16));
+            memcpy(keys + i * key_width_ + shape.nope, latents + i * width + shape.rank,
+                   size_t(shape.rope) * sizeof(bf16));
         bf16* rounded = scratch.probabilities;
         for (int64_t column = 0; column < shape.value; column += COLUMNS) {
             tile(count, latents, width, step.value.rows(head, column), shape.rank / 2, products, COLUMNS, false);

@@ -27,9 +27,10 @@ struct Arena {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds it in its own intrinsics
 
-// LANES x LANES numbers of 32 bits, their rows ld bytes apart; `to`'s rows are whole. Rows from `rows` on are 0, columns
-// from `columns` on are neither read nor written.
-LATENTD_INLINE void transpose_block(const char* from, int64_t ld, int64_t rows, int64_t columns, char* to, int64_t ldt) {
+// LANES x LANES numbers of 32 bits, their rows ld bytes apart; `to`'s rows are whole. Rows from `rows` on are 0,
+// columns from `columns` on are neither read nor written.
+LATENTD_INLINE void transpose_block(const char* from, int64_t ld, int64_t rows, int64_t columns, char* to,
+                                    int64_t ldt) {
 #if defined(__AVX512F__)
     __m512i a[16], b[16];
     __mmask16 read = __mmask16((1u << columns) - 1);
@@ -65,19 +66,20 @@ LATENTD_INLINE void transpose_block(const char* from, int64_t ld, int64_t rows, 
 #endif
 }
 
-// Rows [rows, 2 * pairs], ld apart, to [pairs][padded][2], where rows that are missing to `padded`, whole vectors, are 0.
+// Rows [rows, 2 * pairs], ld apart, to [pairs][padded][2], where rows that are missing to `padded`, whole vectors,
+// are 0.
 inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t pairs, int64_t padded, bf16* to) {
     for (int64_t row = 0; row < padded; row += LANES)
         for (int64_t pair = 0; pair < pairs; pair += LANES)
-            transpose_block(reinterpret_cast<const char*>(from + row * ld + 2 * pair), 2 * ld, smaller(rows - row, LANES),
-                            smaller(pairs - pair, LANES), reinterpret_cast<char*>(to + 2 * (pair * padded + row)),
-                            4 * padded);
+            transpose_block(reinterpret_cast<const char*>(from + row * ld + 2 * pair), 2 * ld,
+                            smaller(rows - row, LANES), smaller(pairs - pair, LANES),
+                            reinterpret_cast<char*>(to + 2 * (pair * padded + row)), 4 * padded);
 }
 
 constexpr int64_t VALUE_BLOCK = KEYS * COLUMNS;
 
-// Rows [keys, width <= 64], ld apart, to the tile's [keys / 2][64][2]; a missing second key is 0. Rows are read up to the
-// next whole vector, columns beyond are left as they are.
+// Rows [keys, width <= 64], ld apart, to the tile's [keys / 2][64][2]; a missing second key is 0. Rows are read up to
+// the next whole vector, columns beyond are left as they are.
 inline void pair_keys(const bf16* from, int64_t ld, int64_t keys, int64_t width, bf16* to) {
     for (int64_t key = 0; key < keys; key += 2, from += 2 * ld, to += 2 * COLUMNS) {
         bool both = key + 1 < keys;

@@ -1,7 +1,8 @@
 // Attention of up to 64 queries over 64 keys at a time, with an online softmax: what both forms are made of.
 //
 // Scores are made as keys times queries, so that keys are read as they lie in the cache, and that everything about a
-// query, its largest score and its sum, is one lane of a register. A query's result depends on itself and its keys only.
+// query, its largest score and its sum, is one lane of a register. A query's result depends on itself and its keys
+// only.
 #pragma once
 
 #include "attention_layout.h"
@@ -123,7 +124,8 @@ LATENTD_INLINE Float weigh(float* scores, int64_t padded, int64_t count, float s
 }
 
 // Keys [count, 2 * pairs], ldk apart, the first of which is `first_key` of its row. values(column) gives 64 columns of
-// their values from that one on in the tile's layout, [32][64][2]. Scores are multiplied with `scale` to be powers of two.
+// their values from that one on in the tile's layout, [32][64][2]. Scores are multiplied with `scale` to be powers of
+// two.
 // Rows of keys beyond `count` are read up to 64 and may hold anything. `next`: keys that are wanted after these.
 template <typename Values>
 LATENTD_INLINE void attend_page(QueryGroup& group, const bf16* keys, int64_t ldk, int64_t first_key, int64_t count,
@@ -141,7 +143,8 @@ LATENTD_INLINE void attend_page(QueryGroup& group, const bf16* keys, int64_t ldk
                 store(score, visible > int32_t(key) ? load(score) : splat(-__builtin_inff()));
             }
         }
-        store(shrink + query, weigh(scores + query, group.padded, count, scale, group.peak + query, group.total + query));
+        float *peak = group.peak + query, *total = group.total + query;
+        store(shrink + query, weigh(scores + query, group.padded, count, scale, peak, total));
     }
     transpose_pairs(reinterpret_cast<const bf16*>(scores), 2 * group.padded, count / 2, group.padded, KEYS / 2,
                     scratch.probabilities);
@@ -149,7 +152,8 @@ LATENTD_INLINE void attend_page(QueryGroup& group, const bf16* keys, int64_t ldk
         for (int64_t query = 0; query < group.count; query++) {
             if (shrink[query] == 1.0f) continue;
             float* sums = group.sums + query * group.value_width;
-            for (int64_t i = 0; i < group.value_width; i += LANES) store(sums + i, load(sums + i) * splat(shrink[query]));
+            Float by = splat(shrink[query]);
+            for (int64_t i = 0; i < group.value_width; i += LANES) store(sums + i, load(sums + i) * by);
         }
     }
     for (int64_t column = 0; column < group.value_width; column += COLUMNS)

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -29,10 +30,17 @@ class BuildKernels(build_ext):
             raise CompileError(f"{error}\nlatentd works without its CPU kernels, but several times slower") from error
 
 
+class Wheel(bdist_wheel):
+    """The library knows nothing of Python, so that one wheel serves all its versions on a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 kernels = Extension(
     "model.ops.cpu.libkernels",
     sources=sorted(str(file) for file in CPU.glob("kernels/*.cpp")),
     depends=sorted(str(file) for file in CPU.glob("kernels/*.h")),
     optional=True,
 )
-setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel})

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.e2e.daemon import Daemon
 
@@ -28,7 +28,8 @@ FUNCTION: Any = {
 
 class Wave(BaseModel):
     high: bool
-    metres: int
+    metres: int = Field(ge=0, le=99)
+    """Bounded: a model that has begun with digits may go on with them."""
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ class _Answer:
             prompt=prompt.tobytes(),
             params=params,
             priority=fields.priority or 0,
-            cache_salt=fields.cache_salt or "",
+            cache_salt=_cache_salt(self._record, fields),
             grammar=job.grammar,
             progress=fields.wants_progress,
         )
@@ -291,6 +291,13 @@ class _Answer:
 
     async def close(self) -> None:
         await self._streams.close()
+
+
+def _cache_salt(record: RequestRecord, fields: SamplingFields) -> str:
+    """Each API key has cached prompts of its own: what another tenant has sent must not show in how fast an answer
+    comes. A salt of the client's choice alone could not do that: it can be guessed."""
+    salt = fields.cache_salt or ""
+    return f"{record.key_digest.hex()}:{salt}" if record.key_digest else salt
 
 
 def refuse_long_text(text: str, tokenizer: Tokenizer, window: int, param: str) -> None:

@@ -147,7 +147,7 @@ class SamplingFields(StrictModel):
     cache_salt: str | None = Field(
         None,
         max_length=int(limits.CACHE_SALT.maximum),
-        description="Cached prompt blocks are shared only between requests with the same salt.",
+        description="Cached prompt blocks are shared only between requests with the same salt and API key.",
     )
 
     @property

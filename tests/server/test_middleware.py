@@ -221,3 +221,20 @@ def test_without_allowed_origins_no_page_may_call() -> None:
     preflight = get("/v1/chat/completions", PREFLIGHT, method="OPTIONS")
     assert preflight.status == 405
     assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+def test_cached_prompts_are_not_shared_between_keys() -> None:
+    def salt(key: str | None, **fields: Any) -> str:
+        async def run() -> str:
+            keys = () if key is None else (KEY, "secret-key-2")
+            app, engine = make_app(answers("ok"), api_key=keys)
+            headers = [] if key is None else bearer(key)
+            assert (await post(app, "/v1/chat/completions", chat(**fields), headers)).status == 200
+            return engine.requests[0].cache_salt
+
+        return asyncio.run(run())
+
+    assert salt(KEY) == salt(KEY)
+    assert salt(KEY, cache_salt="s") == salt(KEY, cache_salt="s") != salt(KEY)
+    assert len({salt(KEY), salt("secret-key-2"), salt(None)}) == 3
+    assert salt(KEY, cache_salt="s") != salt("secret-key-2", cache_salt="s")

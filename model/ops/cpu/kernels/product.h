@@ -27,7 +27,7 @@ constexpr int64_t activation_bytes(latentd_format format, int64_t k) {
     return format == LATENTD_BF16 ? 2 * k : k / GROUP * int64_t(sizeof(QuantisedGroup));
 }
 
-// A NaN or an infinity is in the scale, and so in every sum that the group takes part in.
+// Where there is a NaN or an infinity the scale is one, and every sum that the group takes part in is NaN.
 inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
     for (; k > 0; k -= GROUP, x += GROUP, to++) {
         // Magnitudes compare as integers do, NaN above all.
@@ -37,7 +37,13 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
             best = size > best ? size : best;
         }
         float largest = to_float(best);
-        float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+        to->scale = largest / 127.0f;
+        if (best >= 0x7f80 || largest < 1e-30f) {  // only the scale says which
+            memset(to->values, 0, sizeof to->values);
+            to->sum = 0;
+            continue;
+        }
+        float inverse = 127.0f / largest;
         Int sums = {};
         for (int64_t i = 0; i < GROUP; i += LANES) {
             Float value = load(x + i) * splat(inverse) + splat(12582912.0f);
@@ -50,7 +56,6 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
         int32_t lanes[LANES], sum = 0;
         memcpy(lanes, &sums, sizeof lanes);
         for (int64_t lane = 0; lane < LANES; lane++) sum += lanes[lane];
-        to->scale = largest / 127.0f;
         to->sum = sum;
     }
 }

@@ -14,7 +14,16 @@ from model.ops.cpu.library import Format, Library
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 GROUP, PANEL = 32, 64
-SHAPES = [(1, 64, 32), (1, 1, 64), (2, 63, 96), (3, 100, 160), (5, 65, 1056), (13, 192, 288), (131, 130, 192)]
+SHAPES = [
+    (1, 64, 32),
+    (1, 1, 64),
+    (2, 63, 96),
+    (3, 100, 160),
+    (5, 65, 1056),
+    (8, 70, 544),
+    (13, 192, 288),
+    (131, 130, 192),
+]
 """M, N, K: every number of rows that a tile can have left, incomplete panels, incomplete blocks of k."""
 
 
@@ -131,7 +140,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(kernels: Library
     alone = torch.cat([linear(kernels, format, row[None], packed, n) for row in x[:32]])
     for threads in (1, 3):
         kernels.set_threads(threads)
-        for rows in (2, 5, 32, 130):
+        for rows in (2, 5, 8, 32, 130):
             both = min(rows, 32)
             assert torch.equal(linear(kernels, format, x[:rows], packed, n)[:both], alone[:both])
 

@@ -27,7 +27,7 @@ constexpr int64_t activation_bytes(latentd_format format, int64_t k) {
     return format == LATENTD_BF16 ? 2 * k : k / GROUP * int64_t(sizeof(QuantisedGroup));
 }
 
-// A NaN or an infinity is in the scale, and so in every sum that the group takes part in.
+// Where there is a NaN or an infinity the scale is one, and every sum that the group takes part in is NaN.
 inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
     for (; k > 0; k -= GROUP, x += GROUP, to++) {
         // Magnitudes compare as integers do, NaN above all.
@@ -37,7 +37,13 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
             best = size > best ? size : best;
         }
         float largest = to_float(best);
-        float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+        to->scale = largest / 127.0f;
+        if (best >= 0x7f80 || largest < 1e-30f) {  // only the scale says which
+            memset(to->values, 0, sizeof to->values);
+            to->sum = 0;
+            continue;
+        }
+        float inverse = 127.0f / largest;
         Int sums = {};
         for (int64_t i = 0; i < GROUP; i += LANES) {
             Float value = load(x + i) * splat(inverse) + splat(12582912.0f);
@@ -50,7 +56,6 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
         int32_t lanes[LANES], sum = 0;
         memcpy(lanes, &sums, sizeof lanes);
         for (int64_t lane = 0; lane < LANES; lane++) sum += lanes[lane];
-        to->scale = largest / 127.0f;
         to->sum = sum;
     }
 }
@@ -101,13 +106,19 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
     }
 }
 
-constexpr int GROUP_ROWS = TILE_ROWS / 2;
+// Rows of a tile where there are several: the sums over a group fill the registers, those over the groups are near. Up
+// to TILE_ROWS that have no others beside them pass at once, so that the weights are one long stream.
+constexpr int GROUP_ROWS = TILE_ROWS * 2 / 3;
 
 template <bool BYTES, bool FETCH>
 inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
                        float* c, int64_t ldc, bool add, Ahead ahead) {
-    static_assert(GROUP_ROWS <= 3, "every number of rows has its case");
     switch (rows) {
+#if defined(__AVX512F__)
+        case 6: group_rows<6, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 5: group_rows<5, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+#endif
+        case 4: group_rows<4, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
         case 3: group_rows<3, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
         case 2: group_rows<2, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
         case 1: group_rows<1, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
@@ -129,7 +140,7 @@ inline void spread_halves(const uint8_t* from, int64_t groups, uint8_t* to) {
     }
 }
 
-// At most GROUP_ROWS or TILE_ROWS rows with the weights of `k` that begin at `b`.
+// At most TILE_ROWS rows with the weights of `k` that begin at `b`.
 template <bool FETCH>
 inline void block_product(latentd_format format, bool bytes, int64_t rows, const char* a, int64_t lda, const uint8_t* b,
                           int64_t k, float* c, int64_t ldc, bool add, Ahead ahead) {
@@ -148,13 +159,13 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
                           float* c, int64_t ldc) {
     const char* activations = static_cast<const char*>(a);
     const uint8_t* weights = static_cast<const uint8_t*>(panel);
-    int64_t tile_rows = format == LATENTD_BF16 ? TILE_ROWS : GROUP_ROWS;
     bool bytes = format == LATENTD_INT8;
-    if (rows <= tile_rows)
+    if (rows <= TILE_ROWS)
         return block_product<false>(format, bytes, rows, activations, lda, weights, k, c, ldc, false, {});
 
     // More rows pass block after block of weights. The first tiles of a block bring the next block from memory, so that
     // it is read while the rows are computed and not before.
+    int64_t tile_rows = format == LATENTD_BF16 ? TILE_ROWS : GROUP_ROWS;
     int64_t tiles = (rows + tile_rows - 1) / tile_rows, fetching = tiles < 4 ? tiles : 4;
     int64_t block = block_of(format);
     // Halves are made bytes once for many rows.
@@ -172,8 +183,8 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
             spread_halves(from, some / GROUP, spread_weights);
             from = spread_weights;
         }
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            int64_t row = tile * tile_rows, count = rows - row < tile_rows ? rows - row : tile_rows;
+        for (int64_t tile = 0, row = 0, count; tile < tiles; tile++, row += count) {
+            count = (rows - row + tiles - tile - 1) / (tiles - tile);  // of about equal size
             const char* of_rows = activations + row * lda + activation_bytes(format, first);
             float* to = c + row * ldc;
             if (tile < fetching && next > 0)

@@ -60,7 +60,7 @@ class LatentWeights(NamedTuple):
 
 class Routing(NamedTuple):
     experts: Tensor
-    """[T, k] int64: the chosen experts of each token, all different."""
+    """[T, k] integers: the chosen experts of each token, all different."""
     weights: Tensor
     """[T, k] float32: normalised and scaled as the config says."""
 

@@ -8,6 +8,7 @@ matrix whose singular values are near 1; the scale of its updates, 0.2 sqrt(larg
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ class Optimiser:
             parameter.average.lerp_(parameter.weight, 1 - AVERAGE_DECAY)
 
 
-class _Parameter:
+class _Parameter(ABC):
     def __init__(self, weight: Tensor, average: Tensor, gradients: list[Tensor]) -> None:
         self.weight, self.average, self.gradients = weight, average, gradients
         self.momentum = torch.zeros_like(weight)
@@ -62,8 +63,8 @@ class _Parameter:
     def gradient(self) -> Tensor:
         return torch.stack(self.gradients).mean(0)
 
-    def step(self, rates: Rates, clip: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, rates: Rates, clip: float) -> None: ...
 
 
 class _Matrices(_Parameter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -11,24 +10,9 @@ import torch
 from torch import Tensor
 
 from model.latent_cache import BLOCK_SIZE
-from model.ops.cpu import library as binding
 from model.ops.cpu.library import AttentionShape, Format, Library
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 LAYERS, LAYER = 2, 1
-
-
-@pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    library = binding.library()
-    if library is None:
-        pytest.skip("the kernels are not built")
-    best = library.isa
-    if not library.use_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    library.set_threads(2)
-    yield library
-    assert library.use_isa(best)
 
 
 class Widths(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from model.ops.cpu import library as binding
 from model.ops.cpu.library import Format, Library
+from tests.model.ops.conftest import ISAS
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 GROUP, PANEL = 32, 64
 SHAPES = [
     (1, 64, 32),
@@ -25,18 +24,6 @@ SHAPES = [
     (131, 130, 192),
 ]
 """M, N, K: every number of rows that a tile can have left, incomplete panels, incomplete blocks of k."""
-
-
-@pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    library = binding.library()
-    if library is None:
-        pytest.skip("the kernels are not built")
-    best = library.isa
-    if not library.use_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    yield library
-    assert library.use_isa(best)
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,28 +12,13 @@ from torch import Tensor
 
 from model.config import DeepseekConfig
 from model.latent_cache import BLOCK_SIZE, LatentCache
-from model.ops.cpu import library as binding
 from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Routing, SwigluWeights, unpacked
 from model.rotary import Rotation
 from tests.model.test_ops_eager import CONFIG
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 EAGER = EagerOps()
-
-
-@pytest.fixture(params=ISAS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    library = binding.library()
-    if library is None:
-        pytest.skip("the kernels are not built")
-    best = library.isa
-    if not library.use_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    library.set_threads(1)
-    yield library
-    assert library.use_isa(best)
 
 
 class Workspace:

@@ -22,8 +22,10 @@ SHAPES = [
     (8, 70, 544),
     (13, 192, 288),
     (131, 130, 192),
+    (3, 1217, 96),
 ]
-"""M, N, K: every number of rows that a tile can have left, incomplete panels, incomplete blocks of k."""
+"""M, N, K: every number of rows that a tile can have left, incomplete panels, incomplete blocks of k, several panels to
+a job."""
 
 
 def randn(*shape: int, seed: int) -> Tensor:

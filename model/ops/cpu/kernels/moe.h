@@ -14,11 +14,12 @@ namespace ISA {
 
 using latentd::panel_bytes;
 using latentd::panels;
+using latentd::panels_a_job;
 
 constexpr int64_t ROWS_AT_ONCE = 48;    // their 64 columns of gate and up stay in the nearest cache
 constexpr int64_t ROWS_A_JOB = 192;     // a multiple of it: an expert that all tokens chose is not one thread's work
 constexpr int64_t MIN_TOKENS_A_JOB = 64;
-constexpr int64_t JOBS_A_THREAD = 4;    // so that threads that began late find work left
+constexpr int64_t MANY_TOKENS = 64;     // weights stay in the cache for so many: a job takes one panel
 
 struct MoeShape {
     int64_t tokens, d, width, experts, per_token, shared_width;
@@ -79,6 +80,7 @@ struct Moe {
     char* rows;       // [pairs, d]
     char* hidden;
     float* sums;  // [panels of d, tokens, 64]
+    int64_t job_panels = 1;  // of the first phase
 
     Moe(latentd_format format, const MoeShape& shape, void* workspace)
         : format(format), shape(shape), row_bytes(activation_bytes(format, shape.d)) {
@@ -100,7 +102,11 @@ struct Moe {
         for (int64_t pair = 0; pair < chosen_pairs; pair++) experts[chosen[pair]].rows++;
         int64_t gate_up_bytes = 2 * panels(shape.width) * panel_bytes(format, shape.d);
         int64_t down_bytes = panels(shape.d) * panel_bytes(format, shape.width);
-        int64_t first = 0, jobs = 0;
+        int64_t first = 0, jobs = 0, wanted_panels = panels(shape.shared_width);
+        for (int64_t index = 0; index < shape.experts; index++)
+            wanted_panels += experts[index].rows ? panels(shape.width) : 0;
+        if (shape.tokens <= MANY_TOKENS)
+            job_panels = panels_a_job(wanted_panels, panel_bytes(format, shape.d), latentd::num_threads);
         char* next_hidden = hidden;
         for (int64_t index = 0; index < shape.all_experts(); index++) {
             Expert& expert = experts[index];
@@ -118,7 +124,7 @@ struct Moe {
             expert.first_job = jobs;
             expert.hidden = next_hidden;
             first += expert.rows;
-            jobs += panels(expert.width) * ranges(expert);
+            jobs += column_jobs(expert) * ranges(expert);
             next_hidden += expert.rows * hidden_bytes(expert);
             expert.rows = 0;
         }
@@ -154,32 +160,20 @@ struct Moe {
         latentd::parallel_for(jobs, [&](int64_t index) {
             int64_t job = jobs - 1 - index;
             const Expert& expert = expert_of(job);
-            int64_t panel = (job - expert.first_job) / ranges(expert);
+            int64_t first_panel = (job - expert.first_job) / ranges(expert) * job_panels;
+            int64_t stop_panel = first_panel + job_panels;
+            stop_panel = stop_panel < panels(expert.width) ? stop_panel : panels(expert.width);
             int64_t start = (job - expert.first_job) % ranges(expert) * ROWS_A_JOB;
             int64_t stop = start + ROWS_A_JOB < expert.rows ? start + ROWS_A_JOB : expert.rows;
-            const char* gate_panel = expert.gate_up + panel * panel_bytes(format, shape.d);
-            const char* up_panel = gate_panel + panels(expert.width) * panel_bytes(format, shape.d);
-            alignas(64) float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
-            for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
-                int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
-                const char* from = rows + (expert.first + row) * row_bytes;
-                panel_product(format, count, from, row_bytes, gate_panel, shape.d, gate, PANEL);
-                panel_product(format, count, from, row_bytes, up_panel, shape.d, up, PANEL);
-                for (int64_t i = 0; i < count; i++) {
-                    bf16 activated[PANEL];
-                    for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)
-                        store(activated + v % PANEL, silu(load(gate + v)) * load(up + v));
-                    char* to = expert.hidden + (row + i) * hidden_bytes(expert);
-                    encode(activated, PANEL, to + activation_bytes(format, panel * PANEL));
-                }
-            }
+            for (int64_t panel = first_panel; panel < stop_panel; panel++)
+                hidden_panel(expert, panel, start, stop);
         });
     }
 
     // Second phase: 64 columns of y, over all experts; for all tokens, so that weights are read once, unless there are
     // more threads than columns.
     void sum_experts(const bf16* residual, bf16* y) const {
-        int64_t wanted = (JOBS_A_THREAD * latentd::num_threads + panels(shape.d) - 1) / panels(shape.d);
+        int64_t wanted = (latentd::JOBS_A_THREAD * latentd::num_threads + panels(shape.d) - 1) / panels(shape.d);
         int64_t size = (shape.tokens + wanted - 1) / wanted;
         size = size > MIN_TOKENS_A_JOB ? size : MIN_TOKENS_A_JOB;
         int64_t token_ranges = (shape.tokens + size - 1) / size;
@@ -201,12 +195,32 @@ struct Moe {
     }
 
 private:
+    void hidden_panel(const Expert& expert, int64_t panel, int64_t start, int64_t stop) const {
+        const char* gate_panel = expert.gate_up + panel * panel_bytes(format, shape.d);
+        const char* up_panel = gate_panel + panels(expert.width) * panel_bytes(format, shape.d);
+        alignas(64) float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
+        for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
+            int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
+            const char* from = rows + (expert.first + row) * row_bytes;
+            panel_product(format, count, from, row_bytes, gate_panel, shape.d, gate, PANEL);
+            panel_product(format, count, from, row_bytes, up_panel, shape.d, up, PANEL);
+            for (int64_t i = 0; i < count; i++) {
+                bf16 activated[PANEL];
+                for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)
+                    store(activated + v % PANEL, silu(load(gate + v)) * load(up + v));
+                char* to = expert.hidden + (row + i) * hidden_bytes(expert);
+                encode(activated, PANEL, to + activation_bytes(format, panel * PANEL));
+            }
+        }
+    }
+
     // Parts of whole groups of a row stand for themselves: they may be written one by one.
     void encode(const bf16* x, int64_t k, char* row) const {
         if (format == LATENTD_BF16) memcpy(row, x, size_t(2 * k));
         else quantise(x, k, reinterpret_cast<QuantisedGroup*>(row));
     }
 
+    int64_t column_jobs(const Expert& expert) const { return (panels(expert.width) + job_panels - 1) / job_panels; }
     int64_t ranges(const Expert& expert) const { return (expert.rows + ROWS_A_JOB - 1) / ROWS_A_JOB; }
     int64_t hidden_bytes(const Expert& expert) const { return activation_bytes(format, panels(expert.width) * PANEL); }
 

@@ -27,4 +27,14 @@ constexpr int64_t panel_bytes(latentd_format format, int64_t k) {
     return format == LATENTD_BF16 ? k * PANEL * 2 : k / GROUP * group_bytes(format);
 }
 
+// How many neighbouring panels of `size` bytes, out of `all`, a job takes where it reads them but once: memory is read
+// fastest in long pieces, yet every thread must find some jobs.
+constexpr int64_t JOB_BYTES = 256 << 10;
+constexpr int64_t JOBS_A_THREAD = 4;
+inline int64_t panels_a_job(int64_t all, int64_t size, int64_t threads) {
+    int64_t most = all / (JOBS_A_THREAD * threads), wanted = (JOB_BYTES + size - 1) / size;
+    int64_t some = wanted < most ? wanted : most;
+    return some > 1 ? some : 1;
+}
+
 }  // namespace latentd

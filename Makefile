@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +48,9 @@ test-e2e: dev ## only the tests that drive the real process
 
 test-slow: dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-kernels: $(VENV)/.kernels ## the Triton kernels under Triton's interpreter: no GPU needed
+	TRITON_INTERPRET=1 $(VENV)/kernels/bin/python -m pytest tests/model/ops/cuda
 
 test-wheel: dev ## the wheel, installed in an empty environment
 	$(BIN)/python -m pytest -m slow tests/test_package.py
@@ -110,6 +113,14 @@ $(VENV)/.dev: $(VENV)/.runtime
 $(VENV)/.schemathesis: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/schemathesis
 	$(VENV)/schemathesis/bin/pip install --quiet --disable-pip-version-check 'schemathesis==4.32.5'
+	@touch $@
+
+# Triton of torch 2.11, whose interpreter does not run with numpy 2.4. It finds everything else in ours.
+$(VENV)/.kernels: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/kernels
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)/kernels/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/latentd.pth"
+	$(VENV)/kernels/bin/pip install --quiet --disable-pip-version-check 'triton==3.6.0' 'numpy==2.3.5'
 	@touch $@
 
 $(VENV)/.lm-eval: $(VENV)/.dev

@@ -1,8 +1,9 @@
 """Checkpoints of published shapes with random weights: `python -m benchmarks.make_checkpoint FOLDER [--shape lite]`.
 
 `lite` is DeepSeek-V2-Lite to the number (15.7 billion parameters, 31 GB in bfloat16); `narrow` has its form, 27 layers
-and a latent of 512 + 64, in 1.2 billion parameters. Shard by shard as the hub has them, at the disk's speed and in
-little memory: all weights are cut from one piece of noise.
+and a latent of 512 + 64, in 1.2 billion parameters; `small` (0.93 billion) and `tiny` (15 million) are other forms.
+Shard by shard as the hub has them, at the disk's speed and in little memory: all weights are cut from one piece of
+noise.
 
 Weights are scaled so that activations keep their size and routers choose: an answer is nonsense, but neither one token
 again and again nor the same experts for all. The tokenizer is the built-in model's with made-up words up to the size of
@@ -79,7 +80,33 @@ _NARROW: dict[str, Any] = {
     "moe_intermediate_size": 352,
     "n_routed_experts": 32,
 }
-SHAPES = {"lite": _LITE, "narrow": _LITE | _NARROW}
+_SMALL: dict[str, Any] = _NARROW | {
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 16,
+    "num_experts_per_tok": 4,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+_TINY: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "rope_scaling": None,
+    "max_position_embeddings": 8192,
+}
+SHAPES = {"lite": _LITE, "narrow": _LITE | _NARROW, "small": _LITE | _SMALL, "tiny": _LITE | _TINY}
 
 
 def main() -> int:

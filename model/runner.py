@@ -176,6 +176,8 @@ def load_runner(
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
     rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids)
     runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len, weight_bytes)
+    if ops.name == "cpu":
+        torch.set_num_threads(1)  # its threads would spin on the cores of the kernels' own
     runner.warm_up(max_num_batched_tokens)
     logger.info(
         "%s in %s on %s: %s of weights, %s of latent cache (%d blocks of %d tokens), at most %d tokens a request",

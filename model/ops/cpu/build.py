@@ -20,7 +20,7 @@ SOURCES = Path(__file__).parent / "kernels"
 LIBRARY = Path(__file__).parent / "libkernels.so"
 
 FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread"),
     # GCC 12 takes its own intrinsics' undefined operands for mistakes.
     *("-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
@@ -54,6 +54,7 @@ def build(library: Path = LIBRARY) -> None:
     built = " ".join(f"BUILT({name})" for name in isas)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
         units = {
+            "pool": ("pool.cpp",),
             "library": ("library.cpp", f"-DLATENTD_BUILT={built}", *(f"-DLATENTD_HAS_{name.upper()}" for name in isas)),
             **{name: ("kernels.cpp", f"-DISA={name}", *flags) for name, flags in isas.items()},
         }
@@ -67,7 +68,7 @@ def build(library: Path = LIBRARY) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         linked = Path(folder, library.name)
-        _run([*command, "-shared", "-fopenmp", *objects, "-o", str(linked)])
+        _run([*command, "-shared", "-pthread", *objects, "-o", str(linked)])
         # As old as what it was made of: a source that is saved while the compiler runs makes it stale.
         os.utime(linked, (started, started))
         linked.replace(library)

@@ -3,11 +3,7 @@
 
 #include "kernels.h"
 #include "packed.h"
-#include "parallel.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "pool.h"
 
 // The build names the instruction sets it compiled, best first: BUILT(avx2) BUILT(portable).
 #define BUILT(isa)                          \
@@ -18,12 +14,6 @@ LATENTD_BUILT
 #undef BUILT
 
 namespace latentd {
-
-#ifdef _OPENMP
-int num_threads = omp_get_max_threads();
-#else
-int num_threads = 1;
-#endif
 
 namespace {
 
@@ -79,7 +69,7 @@ int latentd_use_isa(const char* name) {
     return 0;
 }
 
-void latentd_set_threads(int threads) { latentd::num_threads = threads > 1 ? threads : 1; }
+void latentd_set_threads(int threads) { latentd::set_threads(threads); }
 
 size_t latentd_packed_bytes(latentd_format format, int64_t n, int64_t k) {
     return size_t(latentd::panels(n) * latentd::panel_bytes(format, k));

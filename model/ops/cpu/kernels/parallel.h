@@ -1,34 +1,27 @@
-// The only place that knows of threads.
+// What kernels know of threads; pool.cpp has them.
 #pragma once
 
 #include <cstdint>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace latentd {
 
 extern int num_threads;
 
 // Which of the threads 0 ... num_threads - 1 this is, to a job: whose memory it may use.
-inline __attribute__((always_inline)) int thread_index() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
+int thread_index();
+
+// Calls job(context, 0) ... job(context, jobs - 1), at least 2 of them, by the pool.
+void run_jobs(int64_t jobs, void (*job)(const void* context, int64_t index), const void* context);
 
 // Calls job(0) ... job(jobs - 1), each once, on up to num_threads threads; which one runs on which is left open, so a
 // job must not depend on others of the same call. Returns when all have ended.
 template <typename Job>
 inline void parallel_for(int64_t jobs, const Job& job) {
-    if (jobs <= 1 || num_threads <= 1) {
-        for (int64_t index = 0; index < jobs; index++) job(index);
+    if (jobs > 1 && num_threads > 1) {
+        run_jobs(
+            jobs, [](const void* context, int64_t index) { (*static_cast<const Job*>(context))(index); }, &job);
         return;
     }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
     for (int64_t index = 0; index < jobs; index++) job(index);
 }
 

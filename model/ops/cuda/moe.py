@@ -1,0 +1,276 @@
+"""Mixture of experts: gate and up with SiLU, down, and the weighted sum of each token's experts, a Triton kernel each.
+
+Shared experts run as experts E, E + 1, ... of every token in the same launches. Products are transposed, weights
+times activations: the side of a Hopper tensor core that is 64 wide then is a weight's, whatever the batch is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.ops.cuda.align import _expert, align
+from model.ops.interface import Routing, SwigluWeights, unpacked
+
+DIRECT_PAIRS = 32
+"""Up to so many pairs each is a block by itself: nothing is sorted."""
+
+
+class Tile(NamedTuple):
+    """What one program computes: `pairs` x `columns` of a product, `inner` numbers of the sum at a time."""
+
+    pairs: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def tile_of(tokens: int) -> Tile:
+    """By the tokens of a step: weights are what is read in small ones, tensor cores what is busy in large ones."""
+    if tokens <= 32:
+        return Tile(16, 64, 128, 4, 4)
+    if tokens <= 96:
+        return Tile(32, 64, 128, 4, 4)
+    if tokens <= 512:
+        return Tile(64, 64, 128, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
+
+
+def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor) -> Tensor:
+    """As `Ops.moe`. A token whose experts are -1 touches no weights and gives its residual."""
+    gate_up, down = unpacked(experts.gate_up), unpacked(experts.down)
+    num_experts, hidden, width = down.shape
+    shared_gate_up = gate_up if shared is None else unpacked(shared.gate_up)
+    shared_down = down if shared is None else unpacked(shared.down)
+    num_shared = 0 if shared is None else shared_down.shape[1] // width
+    tokens, per_token = routing.experts.shape
+    pairs = tokens * (per_token + num_shared)
+    tile = tile_of(tokens)
+    direct = pairs <= DIRECT_PAIRS
+    if direct:
+        blocks, block_pairs, block_experts = pairs, routing.experts, routing.experts
+    else:
+        aligned = align(routing.experts, num_experts, num_shared, tile.pairs)
+        blocks, block_pairs, block_experts = len(aligned.experts), aligned.pairs, aligned.experts
+    activated = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    outputs = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
+    for kernel, source, routed_weight, shared_weight, target in (
+        (_up, x, gate_up, shared_gate_up, activated),
+        (_down, activated, down, shared_down, outputs),
+    ):
+        kernel[(blocks * triton.cdiv(target.shape[1], tile.columns),)](
+            source,
+            routed_weight,
+            shared_weight,
+            target,
+            routing.experts,
+            block_pairs,
+            block_experts,
+            pairs,
+            HIDDEN=hidden,
+            WIDTH=width,
+            EXPERTS=num_experts,
+            SHARED=num_shared,
+            PER_TOKEN=per_token,
+            DIRECT=direct,
+            BLOCK_PAIRS=tile.pairs,
+            BLOCK_COLUMNS=tile.columns,
+            BLOCK_INNER=tile.inner,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    result = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
+    block = min(1024, triton.next_power_of_2(hidden))
+    _sum[(tokens, triton.cdiv(hidden, block))](
+        outputs,
+        routing.experts,
+        routing.weights,
+        residual,
+        result,
+        residual.stride(0),
+        HIDDEN=hidden,
+        SHARED=num_shared,
+        PER_TOKEN=per_token,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return result
+
+
+@triton.jit
+def _block(
+    experts: tl.tensor,
+    block_pairs: tl.tensor,
+    block_experts: tl.tensor,
+    block: tl.tensor,
+    num_pairs: tl.tensor,
+    EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+) -> tl.tensor:
+    """The block's expert, -1 or EXPERTS + SHARED where there is nothing to do, and its pairs, num_pairs in gaps."""
+    lane = tl.arange(0, BLOCK_PAIRS)
+    if DIRECT:
+        expert = _expert(experts, block, num_pairs, EXPERTS, SHARED, PER_TOKEN)
+        pair = tl.where(lane == 0, block, num_pairs)
+    else:
+        expert = tl.load(block_experts + block)
+        pair = tl.load(block_pairs + block * BLOCK_PAIRS + lane, mask=expert >= 0, other=0)
+    return expert, pair
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _up(
+    x: tl.tensor,
+    routed: tl.tensor,
+    shared: tl.tensor,
+    activated: tl.tensor,
+    experts: tl.tensor,
+    block_pairs: tl.tensor,
+    block_experts: tl.tensor,
+    num_pairs: tl.tensor,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+) -> None:
+    """x [T, HIDDEN], routed [EXPERTS, 2 WIDTH, HIDDEN], shared [2 SHARED WIDTH, HIDDEN] -> activated [pairs, WIDTH]:
+    silu(gate x) * up x."""
+    COLUMN_BLOCKS: tl.constexpr = tl.cdiv(WIDTH, BLOCK_COLUMNS)
+    block = tl.program_id(0) // COLUMN_BLOCKS
+    expert, pair = _block(
+        experts, block_pairs, block_experts, block, num_pairs, EXPERTS, SHARED, PER_TOKEN, DIRECT, BLOCK_PAIRS
+    )
+    if (expert < 0) | (expert >= EXPERTS + SHARED):
+        return
+    weight = routed + expert.to(tl.int64) * (2 * WIDTH * HIDDEN)
+    to_up = WIDTH * HIDDEN
+    if expert >= EXPERTS:
+        weight = shared + (expert - EXPERTS).to(tl.int64) * (WIDTH * HIDDEN)
+        to_up = SHARED * WIDTH * HIDDEN
+    column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inner = tl.arange(0, BLOCK_INNER)
+    gate_at = weight + column[:, None] * HIDDEN + inner[None, :]
+    x_at = x + (pair // (PER_TOKEN + SHARED)).to(tl.int64)[:, None] * HIDDEN + inner[None, :]
+    some_column, some_pair = (column < WIDTH)[:, None], (pair < num_pairs)[:, None]
+    gate = tl.zeros((BLOCK_COLUMNS, BLOCK_PAIRS), tl.float32)
+    up = tl.zeros((BLOCK_COLUMNS, BLOCK_PAIRS), tl.float32)
+    for start in range(0, HIDDEN, BLOCK_INNER):
+        left = (inner < HIDDEN - start)[None, :]
+        x_tile = tl.trans(tl.load(x_at + start, mask=some_pair & left, other=0.0))
+        gate_tile = tl.load(gate_at + start, mask=some_column & left, other=0.0)
+        up_tile = tl.load(gate_at + to_up + start, mask=some_column & left, other=0.0)
+        gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
+        up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
+    value = tl.trans(gate * tl.sigmoid(gate) * up)
+    target = activated + pair.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(target, value, mask=some_pair & (column < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _down(
+    activated: tl.tensor,
+    routed: tl.tensor,
+    shared: tl.tensor,
+    outputs: tl.tensor,
+    experts: tl.tensor,
+    block_pairs: tl.tensor,
+    block_experts: tl.tensor,
+    num_pairs: tl.tensor,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+) -> None:
+    """activated [pairs, WIDTH], routed [EXPERTS, HIDDEN, WIDTH], shared [HIDDEN, SHARED WIDTH] -> outputs [pairs,
+    HIDDEN]."""
+    COLUMN_BLOCKS: tl.constexpr = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
+    block = tl.program_id(0) // COLUMN_BLOCKS
+    expert, pair = _block(
+        experts, block_pairs, block_experts, block, num_pairs, EXPERTS, SHARED, PER_TOKEN, DIRECT, BLOCK_PAIRS
+    )
+    if (expert < 0) | (expert >= EXPERTS + SHARED):
+        return
+    weight = routed + expert.to(tl.int64) * (HIDDEN * WIDTH)
+    stride = WIDTH
+    if expert >= EXPERTS:
+        weight = shared + (expert - EXPERTS).to(tl.int64) * WIDTH
+        stride = SHARED * WIDTH
+    column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inner = tl.arange(0, BLOCK_INNER)
+    weight_at = weight + column[:, None] * stride + inner[None, :]
+    activated_at = activated + pair.to(tl.int64)[:, None] * WIDTH + inner[None, :]
+    some_column, some_pair = (column < HIDDEN)[:, None], (pair < num_pairs)[:, None]
+    value = tl.zeros((BLOCK_COLUMNS, BLOCK_PAIRS), tl.float32)
+    for start in range(0, WIDTH, BLOCK_INNER):
+        left = (inner < WIDTH - start)[None, :]
+        activated_tile = tl.trans(tl.load(activated_at + start, mask=some_pair & left, other=0.0))
+        weight_tile = tl.load(weight_at + start, mask=some_column & left, other=0.0)
+        value = tl.dot(weight_tile, activated_tile, value, input_precision="ieee")
+    target = outputs + pair.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    tl.store(target, tl.trans(value), mask=some_pair & (column < HIDDEN)[None, :])
+
+
+@triton.jit
+def _sum(
+    outputs: tl.tensor,
+    experts: tl.tensor,
+    weights: tl.tensor,
+    residual: tl.tensor,
+    result: tl.tensor,
+    residual_stride: tl.tensor,
+    HIDDEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program a token and block of columns; in the order of the router's choice, whoever the neighbours are."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    routed = tl.load(experts + token * PER_TOKEN) >= 0
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in tl.static_range(PER_TOKEN + SHARED):
+        source = outputs + (token * (PER_TOKEN + SHARED) + place) * HIDDEN + column
+        value = tl.load(source, mask=inside & routed, other=0.0).to(tl.float32)
+        if place < PER_TOKEN:
+            value *= tl.load(weights + token * PER_TOKEN + place)
+        total += value
+    total = tl.where(routed, total, 0.0) + tl.load(residual + token * residual_stride + column, mask=inside, other=0.0)
+    tl.store(result + token * HIDDEN + column, total, mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 I], gates first -> silu(gate) * up [T, I]."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _silu_mul[(tokens, triton.cdiv(width, block))](gate_up, y, WIDTH=width, BLOCK=block, num_warps=4)
+    return y
+
+
+@triton.jit
+def _silu_mul(gate_up: tl.tensor, y: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = gate_up + row * 2 * WIDTH + column
+    gate = tl.load(source, mask=column < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(source + WIDTH, mask=column < WIDTH, other=0.0).to(tl.float32)
+    tl.store(y + row * WIDTH + column, gate * tl.sigmoid(gate) * up, mask=column < WIDTH)

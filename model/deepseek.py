@@ -57,8 +57,8 @@ class Linear(Weight):
 
     packed: LinearWeight
 
-    def pack(self, ops: Ops) -> None:
-        self.packed = ops.pack(self.weight)
+    def pack(self, ops: Ops, precise: bool = False) -> None:
+        self.packed = ops.pack(self.weight, precise)
         if self.packed is not self.weight:
             _drop(self, "weight")
 
@@ -92,7 +92,9 @@ class DeepseekAttention(nn.Module):
         config = self.config
         for layer in self.children():
             if isinstance(layer, Linear):
-                layer.pack(self.ops)
+                # An error of the latents goes into the keys and values of all heads, and stays in the cache: of what
+                # int4 costs the network's answers this small matrix has by far the most.
+                layer.pack(self.ops, precise=layer is self.kv_a_proj_with_mqa)
         # kv_b_proj has the rows that rebuild keys and those that rebuild values interleaved by head.
         kv_b = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
         w_uk, w_uv = torch.split(kv_b, [config.qk_nope_head_dim, config.v_head_dim], dim=1)

@@ -13,6 +13,10 @@ from pathlib import Path
 from model.config import CheckpointError, DeepseekConfig, expected_tensors
 
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+QUANTIZED_BITS = {"int8": 8, "int4": 4}
+"""By what `--quantization` asks for."""
+_SCALE_BITS = 0.5
+"""Of a weight: 32 share a scale of 16."""
 LONG_CONTEXT = 131_072
 """Tokens of a 128K request."""
 
@@ -34,14 +38,17 @@ class MemoryEstimate:
     """Requests of 128K tokens that fit at once; 0 where the checkpoint's own limit is below that."""
 
 
-def estimate_memory(config: DeepseekConfig, *, available: int, dtype: str, block_size: int) -> MemoryEstimate:
-    """What fits into `available` bytes with weights and cache in `dtype` and a cache in blocks of `block_size` tokens.
+def estimate_memory(
+    config: DeepseekConfig, *, available: int, dtype: str, block_size: int, quantization: str = "none"
+) -> MemoryEstimate:
+    """What fits into `available` bytes with weights and cache in `dtype`, weights quantised to `quantization`, and a
+    cache in blocks of `block_size` tokens.
 
     `dtype` is one of `ITEMSIZES`. Activations are not counted: a step of a few hundred tokens needs little beside the
     weights, and the engine measures rather than guesses them.
     """
     itemsize = ITEMSIZES[dtype]
-    weight_bytes = weight_bytes_in(config, dtype)
+    weight_bytes = weight_bytes_in(config, dtype, quantization)
     per_token = config.cache_bytes_per_token(itemsize)
     blocks = max(0, available - weight_bytes) // (per_token * block_size)
     long_blocks = -(-LONG_CONTEXT // block_size)
@@ -57,25 +64,45 @@ def estimate_memory(config: DeepseekConfig, *, available: int, dtype: str, block
     )
 
 
-def weight_bytes_in(config: DeepseekConfig, dtype: str) -> int:
-    """Bytes of the network's weights when it runs in `dtype`; routers and their biases are always float32."""
-    itemsize = ITEMSIZES[dtype]
-    return sum(
-        math.prod(shape) * (4 if name.endswith((".mlp.gate.weight", ".e_score_correction_bias")) else itemsize)
-        for name, shape in expected_tensors(config).items()
-    )
+def weight_bytes_in(config: DeepseekConfig, dtype: str, quantization: str = "none") -> int:
+    """Bytes of the network's weights when it runs in `dtype`, those of linear layers and experts quantised."""
+    tensors = expected_tensors(config)
+    if quantization != "none" and config.tie_word_embeddings:  # the head is quantised, the embedding is not
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return sum(int(math.prod(shape) * _bits(name, shape, dtype, quantization)) // 8 for name, shape in tensors.items())
 
 
-def require_memory(config: DeepseekConfig, *, available: int, dtype: str, block_size: int) -> None:
+def _bits(name: str, shape: tuple[int, ...], dtype: str, quantization: str) -> float:
+    """Of each number of a tensor."""
+    if name.endswith((".mlp.gate.weight", ".e_score_correction_bias")):
+        return 32
+    kept = name.endswith(("embed_tokens.weight", "kv_b_proj.weight")) or len(shape) == 1
+    if kept or quantization == "none":
+        return 8 * ITEMSIZES[dtype]
+    if name.endswith("kv_a_proj_with_mqa.weight"):
+        quantization = "int8"
+    return QUANTIZED_BITS[quantization] + _SCALE_BITS
+
+
+def require_memory(
+    config: DeepseekConfig, *, available: int, dtype: str, block_size: int, quantization: str = "none"
+) -> None:
     """Raises CheckpointError, with the sum in it, unless the weights and one block of cache fit: asked before anything
     is allocated, because config.json decides how much that is."""
-    estimate = estimate_memory(config, available=available, dtype=dtype, block_size=block_size)
+    estimate = estimate_memory(
+        config, available=available, dtype=dtype, block_size=block_size, quantization=quantization
+    )
     if not estimate.cached_tokens:
         raise CheckpointError(
-            f"the model does not fit: {in_gib(estimate.weight_bytes)} of weights in {dtype} and "
-            f"{in_gib(estimate.cache_bytes_per_token * block_size)} for {block_size} tokens of cache, "
-            f"but {in_gib(available)} are available"
+            f"the model does not fit: {in_gib(estimate.weight_bytes)} of weights in "
+            f"{weights_in(dtype, quantization)} and {in_gib(estimate.cache_bytes_per_token * block_size)} for "
+            f"{block_size} tokens of cache, but {in_gib(available)} are available"
         )
+
+
+def weights_in(dtype: str, quantization: str) -> str:
+    """How to call their format."""
+    return dtype if quantization == "none" else f"{quantization} and {dtype}"
 
 
 def available_memory(root: Path = Path("/")) -> int:

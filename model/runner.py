@@ -16,9 +16,9 @@ from model.deepseek import DeepseekForCausalLM
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.logprobs import SLICE_ROWS, as_column, logprobs_of
-from model.memory import available_memory, in_gib, require_memory, weight_bytes_in
+from model.memory import available_memory, in_gib, require_memory, weight_bytes_in, weights_in
 from model.ops.cpu.library import library
-from model.ops.cpu.ops import CpuOps, runs
+from model.ops.cpu.ops import CpuOps, obstacle
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Ops
 from model.pool_size import ConfigError, size_pool
@@ -57,6 +57,7 @@ class ModelRunner:
         self.device = str(cache.data.device)
         self.dtype = str(cache.data.dtype).removeprefix("torch.")
         self.ops = model.ops.name
+        self.quantization = model.ops.quantization
         self._rows = rows
 
     @torch.inference_mode()
@@ -138,6 +139,7 @@ def load_runner(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str = "none",
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 512,
@@ -158,8 +160,9 @@ def load_runner(
     dtype = _choose_dtype(dtype, checkpoint.file_dtype)
     torch_dtype = _DTYPES[dtype]
     available = available_memory() if torch_device.type == "cpu" else torch.cuda.mem_get_info(torch_device)[0]
-    require_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE)
-    weight_bytes = weight_bytes_in(config, dtype)
+    ops = _choose_ops(config, torch_dtype, torch_device, num_threads, quantization)
+    require_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE, quantization=quantization)
+    weight_bytes = weight_bytes_in(config, dtype, quantization)
     size = size_pool(
         config,
         free_bytes=available - weight_bytes,
@@ -169,7 +172,6 @@ def load_runner(
         num_blocks=num_blocks,
         kv_cache_memory=kv_cache_memory,
     )
-    ops = _choose_ops(config, torch_dtype, torch_device, num_threads)
     model = DeepseekForCausalLM(config, ops, torch_dtype, torch_device)
     load_weights(model, checkpoint, torch_dtype, torch_device, progress, model.loaded)
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
@@ -181,7 +183,7 @@ def load_runner(
     runner.warm_up(max_num_batched_tokens)
     logger.info(
         "%s in %s on %s: %s of weights, %s of latent cache (%d blocks of %d tokens), at most %d tokens a request",
-        *(config.model_type, dtype, torch_device, in_gib(runner.weight_bytes)),
+        *(config.model_type, weights_in(dtype, quantization), torch_device, in_gib(runner.weight_bytes)),
         *(in_gib(cache.block_bytes * size.num_blocks), size.num_blocks, BLOCK_SIZE, size.max_model_len),
     )
     return runner
@@ -205,12 +207,17 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _choose_ops(config: DeepseekConfig, dtype: torch.dtype, device: torch.device, num_threads: int) -> Ops:
-    """The compiled kernels where they compute this network, else plain torch."""
-    if device.type == "cpu" and runs(config, dtype):
-        kernels = library()
-        if kernels is not None:
-            return CpuOps(kernels, num_threads)
+def _choose_ops(
+    config: DeepseekConfig, dtype: torch.dtype, device: torch.device, num_threads: int, quantization: str
+) -> Ops:
+    """The compiled kernels where they compute this network, else plain torch, which does not quantise."""
+    reason = obstacle(config, dtype, device)
+    if reason is None:
+        if (kernels := library()) is not None:
+            return CpuOps(kernels, num_threads, quantization)
+        reason = "there are none: install a C++ compiler, then run `python -m model.ops.cpu.build`"
+    if quantization != "none":
+        raise ConfigError(f"quantization {quantization} is computed by the CPU kernels, but {reason}")
     return EagerOps()
 
 

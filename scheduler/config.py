@@ -15,6 +15,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`auto`, `cpu` or `cuda`."""
     dtype: str = "auto"
     """`auto` (bfloat16, float32 where the checkpoint is float32), `bfloat16`, `float16`, `float32`."""
+    quantization: str = "none"
+    """Of the weights of linear layers and experts: `none`, `int8`, `int4`."""
     max_model_len: int | None = None
     """Longest prompt + output; None takes the checkpoint's, cut to what the pool can hold."""
     max_num_seqs: int = 64

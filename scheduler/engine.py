@@ -88,6 +88,8 @@ class Runner(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def quantization(self) -> str: ...
+    @property
     def ops(self) -> str: ...
 
     def execute(self, batch: ForwardBatch) -> SampledTokens: ...
@@ -124,6 +126,7 @@ def load_model(config: EngineConfig) -> Runner:
         model_dir=Path(config.model_dir),
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -496,6 +499,7 @@ def _describe(config: EngineConfig, runner: Runner, load_seconds: float) -> Engi
         weight_bytes=runner.weight_bytes,
         device=runner.device,
         dtype=runner.dtype,
+        quantization=runner.quantization,
         ops=runner.ops,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

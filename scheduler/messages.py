@@ -137,6 +137,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     weight_bytes: int
     device: str
     dtype: str
+    quantization: str
+    """Of the weights: `none`, `int8`, `int4`."""
     ops: str
     """Implementation of the operations: `eager`, `cpu`, `cuda`."""
     max_num_seqs: int

@@ -7,9 +7,17 @@ from pathlib import Path
 
 from model.checkpoint import open_checkpoint
 from model.config import load_config
-from model.memory import LONG_CONTEXT, available_memory, estimate_memory
+from model.memory import LONG_CONTEXT, QUANTIZED_BITS, available_memory, estimate_memory
 from scheduler.config import BLOCK_SIZE
 from server.sizes import format_count, format_size
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What changes with `--quantization`, which runs in bfloat16."""
+
+    weight_bytes: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Inspection:
     """Of one request: what fits, cut to what the model allows."""
     requests_of_128k: int
     """How many fit at the same time; 0 where the model allows less."""
+    quantization: dict[str, Quantized]
+    """By what `--quantization` is set to."""
 
     def text(self) -> str:
         """For people."""
@@ -58,6 +68,10 @@ class Inspection:
             "longest context": context,
             "128K requests": long_requests,
         }
+        for quantization, sizes in self.quantization.items():
+            rows[f"with {quantization}"] = (
+                f"{format_size(sizes.weight_bytes)} of weights, {sizes.cached_tokens:,} cached tokens beside them"
+            )
         return "\n".join(f"{name:16} {row}" for name, row in rows.items())
 
 
@@ -74,6 +88,12 @@ def inspect_checkpoint(model_dir: Path, device_memory: int | None = None) -> Ins
     dtype = "float32" if file_dtype == "float32" else "bfloat16"
     available = available_memory() if device_memory is None else device_memory
     estimate = estimate_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE)
+    quantized = {
+        quantization: estimate_memory(
+            config, available=available, dtype="bfloat16", block_size=BLOCK_SIZE, quantization=quantization
+        )
+        for quantization in QUANTIZED_BITS
+    }
     return Inspection(
         model_dir=str(model_dir),
         model_type=config.model_type,
@@ -89,4 +109,5 @@ def inspect_checkpoint(model_dir: Path, device_memory: int | None = None) -> Ins
         cached_tokens=estimate.cached_tokens,
         longest_context=estimate.longest_context,
         requests_of_128k=estimate.long_requests,
+        quantization={name: Quantized(one.weight_bytes, one.cached_tokens) for name, one in quantized.items()},
     )

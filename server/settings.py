@@ -75,6 +75,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Number format of weights and cache; auto is bfloat16, or float32 for a float32 checkpoint."
     )
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Rounds the weights of linear layers and experts to so many bits while loading: less memory, more "
+        "speed. Only on a CPU, with dtype bfloat16.",
+    )
     max_model_len: int | None = Field(
         None,
         ge=1,
@@ -187,6 +192,7 @@ class Settings(BaseSettings):
             model_dir=str(self.model),
             device=self.device,
             dtype=self.dtype,
+            quantization=self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

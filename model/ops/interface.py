@@ -86,8 +86,14 @@ class Ops(Protocol):
         """`eager`, `cpu` or `cuda`."""
         ...
 
-    def pack(self, weight: Tensor) -> LinearWeight:
-        """[out, in] as `linear` wants it; perhaps the same tensor. The caller drops its own."""
+    @property
+    def quantization(self) -> str:
+        """What `pack` and `pack_swiglu` round weights to: `none`, `int8` or `int4`."""
+        ...
+
+    def pack(self, weight: Tensor, precise: bool = False) -> LinearWeight:
+        """[out, in] as `linear` wants it; perhaps the same tensor. The caller drops its own. A `precise` one is rounded
+        to no fewer than 8 bits."""
         ...
 
     def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:

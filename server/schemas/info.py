@@ -20,6 +20,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     cache_bytes_per_token: int
     device: str
     dtype: str
+    quantization: str
+    """Of the weights: `none`, `int8` or `int4`."""
     ops: str
     """Implementation of the operations."""
     max_num_seqs: int

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+from model.ops.cpu.library import library
+from server.banner import SUGGESTIONS
 from tests.e2e.daemon import Daemon
 
 KEYS = ("first-key", "second-key")
@@ -63,6 +66,21 @@ def test_keys_are_nowhere(guarded: Daemon) -> None:
     assert info.json()["block_pool"]["num_blocks"] > 0
     for secret in (*KEYS, ADMIN):
         assert secret not in info.text + guarded.logs
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels are not built")
+def test_quantised_weights(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, "--dtype", "bfloat16", "--quantization", "int4")
+    try:
+        assert "in int4 and bfloat16\n" in daemon.logs
+        info = httpx.get(f"{daemon.url}/server_info").json()
+        assert (info["engine"]["quantization"], info["settings"]["quantization"]) == ("int4", "int4")
+        assert info["engine"]["weight_bytes"] < 8e6  # of 15.8 MB
+        body = {"messages": [{"role": "user", "content": SUGGESTIONS[0]}], "temperature": 0}
+        answer = httpx.post(f"{daemon.url}/v1/chat/completions", json=body, timeout=60).json()
+        assert "Paris" in answer["choices"][0]["message"]["content"]
+    finally:
+        assert daemon.stop() == 0
 
 
 def test_count_is_what_the_model_reads(daemon: Daemon) -> None:

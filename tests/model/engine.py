@@ -43,6 +43,8 @@ class Engine:
         self,
         model_dir: Path,
         *,
+        dtype: str = "float32",
+        quantization: str = "none",
         num_blocks: int = 1024,
         budget: int = 512,
         prefix_cache: bool = True,
@@ -50,7 +52,8 @@ class Engine:
     ) -> None:
         self.runner = load_runner(
             model_dir,
-            dtype="float32",
+            dtype=dtype,
+            quantization=quantization,
             max_model_len=768,
             max_num_seqs=NUM_ROWS,
             num_blocks=num_blocks,

@@ -51,6 +51,7 @@ class FakeRunner:
     weight_bytes = 0
     device = "cpu"
     dtype = "none"
+    quantization = "none"
     ops = "fake"
 
     def __init__(self, config: EngineConfig, args: argparse.Namespace) -> None:

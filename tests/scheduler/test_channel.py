@@ -63,6 +63,7 @@ FROM_ENGINE: list[FromEngine] = [
         weight_bytes=2**40,
         device="cpu",
         dtype="float32",
+        quantization="none",
         ops="eager",
         max_num_seqs=1,
         max_num_batched_tokens=1,

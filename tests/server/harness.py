@@ -81,6 +81,7 @@ class ScriptedEngine:
             weight_bytes=1,
             device="cpu",
             dtype="float32",
+            quantization="none",
             ops="eager",
             max_num_seqs=4,
             max_num_batched_tokens=64,

@@ -14,43 +14,62 @@ from model.rotary import Rotation
 
 K_MULTIPLE = 32
 """Of the width of a weight's rows."""
+_FORMATS = {"none": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 
 
-def runs(config: DeepseekConfig, dtype: torch.dtype) -> bool:
-    """Whether the kernels compute this network."""
-    widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size or 0, config.kv_lora_rank]
-    widths += [config.qk_nope_head_dim, config.num_attention_heads * config.v_head_dim, config.q_lora_rank or 0]
-    widths.append((config.n_shared_experts or 0) * (config.moe_intermediate_size or 0))
-    return dtype is torch.bfloat16 and not any(width % K_MULTIPLE for width in widths)
+def obstacle(config: DeepseekConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels, if there are any, do not compute this network; None where they do."""
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size or 0,
+        "kv_lora_rank": config.kv_lora_rank,
+        "q_lora_rank": config.q_lora_rank or 0,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "num_attention_heads * v_head_dim": config.num_attention_heads * config.v_head_dim,
+    }
+    odd = [f"{name} {width}" for name, width in widths.items() if width % K_MULTIPLE]
+    if device.type != "cpu":
+        return f"they run on a CPU, not on {device.type}: choose device cpu"
+    if dtype is not torch.bfloat16:
+        return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}: choose dtype bfloat16"
+    if odd:
+        return f"they need widths that are multiples of {K_MULTIPLE}, which config.json's {odd[0]} is not"
+    return None
 
 
 class CpuOps:
     name = "cpu"
 
-    def __init__(self, library: Library, threads: int) -> None:
+    def __init__(self, library: Library, threads: int, quantization: str = "none") -> None:
+        self.quantization = quantization
+        self._format = _FORMATS[quantization]
         self._library = library
         self._workspace = torch.empty(0, dtype=torch.uint8)
         library.set_threads(threads)
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        return self._packed(weight[None])
+    def pack(self, weight: Tensor, precise: bool = False) -> PackedWeight:
+        return self._packed(weight[None], Format.INT8 if precise and self._format is Format.INT4 else self._format)
 
     def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
         # Gate and up are packed each by itself, so that their columns lie in blocks of their own.
         halves = gate_up.reshape(-1, gate_up.shape[-2] // 2, gate_up.shape[-1])
-        return SwigluWeights(self._packed(halves), self._packed(down.reshape(-1, *down.shape[-2:])))
+        down = down.reshape(-1, *down.shape[-2:])
+        return SwigluWeights(self._packed(halves, self._format), self._packed(down, self._format))
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
-        return LatentWeights(self._packed(w_uk.transpose(1, 2)), self._packed(w_uk), self._packed(w_uv))
+        # Never quantised: products with what the cache holds, which is bfloat16.
+        halves = (w_uk.transpose(1, 2), w_uk, w_uv)
+        return LatentWeights(*(self._packed(half, Format.BF16) for half in halves))
 
-    def _packed(self, weights: Tensor) -> PackedWeight:
+    def _packed(self, weights: Tensor, format: Format) -> PackedWeight:
         """[n, out, in] -> one behind the other."""
         number, out_features, in_features = weights.shape
-        size = self._library.packed_bytes(Format.BF16, out_features, in_features)
+        size = self._library.packed_bytes(format, out_features, in_features)
         data = torch.empty((number, size), dtype=torch.uint8)
         for weight, packed in zip(weights, data, strict=True):
-            self._library.pack(Format.BF16, weight.contiguous(), packed)
-        return PackedWeight(data, Format.BF16, out_features, in_features)
+            self._library.pack(format, weight.contiguous(), packed)
+        return PackedWeight(data, format, out_features, in_features)
 
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None

@@ -17,8 +17,9 @@ from model.rotary import Rotation, rotate_pairs
 
 class EagerOps:
     name = "eager"
+    quantization = "none"
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
         return weight
 
     def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:

@@ -10,7 +10,7 @@ import torch
 from model.config import load_config
 from model.deepseek import DeepseekForCausalLM
 from model.ops.cpu.library import library
-from model.ops.cpu.ops import CpuOps, runs
+from model.ops.cpu.ops import CpuOps, obstacle
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Ops
 from tests.checkpoints import make_checkpoint, read_tensors, stack_experts
@@ -25,6 +25,7 @@ KINDS = {
     "dense": {},
     "bias": {"q_lora_rank": 32},
 }
+CPU = torch.device("cpu")
 KERNELS = library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="the kernels are not built")
 
@@ -39,10 +40,10 @@ def load(path: Path, ops: Ops, dtype: torch.dtype) -> DeepseekForCausalLM:
     return model
 
 
-def by_kernels(path: Path, threads: int = 2) -> DeepseekForCausalLM:
+def by_kernels(path: Path, threads: int = 2, quantization: str = "none") -> DeepseekForCausalLM:
     assert KERNELS is not None
-    assert runs(load_config(path), torch.bfloat16)
-    return load(path, CpuOps(KERNELS, threads), torch.bfloat16)
+    assert obstacle(load_config(path), torch.bfloat16, CPU) is None
+    return load(path, CpuOps(KERNELS, threads, quantization), torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,10 +66,12 @@ def test_no_further_from_float32_than_torch_in_bfloat16(kind: str, tied: bool, t
         assert agreement(found) > agreement(by_torch) - 0.05, chunk
 
 
-@pytest.mark.parametrize("kind", ["v2-yarn", "moonlight"])
-def test_a_row_alone_and_among_others_is_equal_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("v2-yarn", "none"), ("moonlight", "none"), ("v2-yarn", "int8"), ("moonlight", "int4")]
+)
+def test_a_row_alone_and_among_others_is_equal_to_the_last_bit(kind: str, quantization: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", kind, **KINDS[kind])
-    model = by_kernels(path)
+    model = by_kernels(path, quantization=quantization)
     lengths = [1, 5, 63, 64, 65, 130, 200, 300]
     prompts = [random_tokens(n + 1, 256, seed=n) for n in lengths]
     driver = Driver(model)
@@ -95,6 +98,8 @@ def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
 
 def test_what_the_kernels_do_not_run(tmp_path: Path) -> None:
     config = load_config(make_checkpoint(tmp_path / "model", "v2"))
-    assert runs(config, torch.bfloat16)
-    assert not runs(config, torch.float32)
-    assert not runs(load_config(make_checkpoint(tmp_path / "odd", "v3")), torch.bfloat16)
+    odd = load_config(make_checkpoint(tmp_path / "odd", "v3"))
+    assert obstacle(config, torch.bfloat16, CPU) is None
+    assert "not in float32: choose dtype bfloat16" in str(obstacle(config, torch.float32, CPU))
+    assert "not on cuda: choose device cpu" in str(obstacle(config, torch.bfloat16, torch.device("cuda")))
+    assert "config.json's q_lora_rank 24 is not" in str(obstacle(odd, torch.bfloat16, CPU))

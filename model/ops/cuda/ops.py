@@ -1,0 +1,75 @@
+"""The operations by Triton kernels and cuBLAS, on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import DeepseekConfig
+from model.inputs import StepInputs
+from model.latent_cache import LatentCache
+from model.ops.cuda.attention import CudaAttention, plan_attention
+from model.ops.cuda.moe import moe, silu_mul
+from model.ops.cuda.norm import rms_norm
+from model.ops.cuda.rope import rope_and_cache
+from model.ops.cuda.router import router
+from model.ops.interface import LatentWeights, LinearWeight, Routing, SwigluWeights, unpacked
+from model.rotary import Rotation
+
+
+class CudaOps:
+    name = "cuda"
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
+        return SwigluWeights(gate_up.contiguous(), down.contiguous())
+
+    def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
+        expand = w_uk.contiguous()
+        return LatentWeights(expand.transpose(1, 2), expand, w_uv.contiguous())
+
+    def linear(
+        self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The residual is added where the product is stored, rounded once."""
+        weight = unpacked(weight)
+        if residual is None:
+            return F.linear(x, weight, bias)
+        return torch.addmm(residual if bias is None else residual + bias, x, weight.t())
+
+    def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        return F.linear(x, unpacked(weight)).float()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def rope_and_cache(
+        self,
+        q_rope: Tensor,
+        kv: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        rotation: Rotation,
+        slot_mapping: Tensor,
+        cache: LatentCache,
+        layer: int,
+    ) -> Tensor:
+        """q_rope is turned in place; a slot of -1 is padding."""
+        return rope_and_cache(q_rope, kv, norm_weight, eps, rotation, slot_mapping, cache, layer)
+
+    def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> CudaAttention:
+        return plan_attention(step, cache, config)
+
+    def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
+        return self.linear(silu_mul(F.linear(x, unpacked(weights.gate_up))), weights.down, residual=residual)
+
+    def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
+        return router(x, weight, correction_bias, config)
+
+    def moe(
+        self, x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor
+    ) -> Tensor:
+        return moe(x, routing, experts, shared, residual)

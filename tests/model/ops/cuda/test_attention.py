@@ -1,0 +1,78 @@
+"""Attention of whole steps, absorbed and expanded rows among each other, against the eager twin in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.latent_cache import LatentCache
+from model.ops.cuda import attention, mla_prefill
+from model.ops.cuda.ops import CudaOps
+from model.ops.eager.ops import EagerOps
+from tests.model.ops.cuda.common import DEVICE, DTYPES, TOLERANCE, poisoned, randn, relative_error
+from tests.model.test_ops_eager import CONFIG, step_of
+
+LAYER = 1
+ROWS = {
+    "decode": [(1, 65), (1, 1), (1, 130)],
+    "one prompt": [(40, 40)],
+    "chunks on prefixes": [(30, 200), (9, 65)],
+    "mixed": [(1, 64), (20, 20), (1, 129), (5, 210), (33, 100), (2, 2)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace", [1 << 20, 70])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_attention(
+    rows: list[tuple[int, int]], workspace: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of more than 8 tokens are expanded, in tiles of 16; also with a workspace that cuts their contexts."""
+    config = CONFIG
+    numbers_a_key = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    monkeypatch.setattr(attention, "MOST_ABSORBED", 8)
+    monkeypatch.setattr(attention, "WORKSPACE_BYTES", workspace * numbers_a_key * dtype.itemsize)
+    monkeypatch.setattr(mla_prefill, "TILE", 16)
+    step, num_blocks = step_of(rows)
+    exact_cache = LatentCache(num_blocks, config.num_hidden_layers, config.latent_dim, torch.float32)
+    exact_cache.data.copy_(randn(*exact_cache.data.shape, seed=1, dtype=dtype))
+    eager = EagerOps().attention(step, exact_cache, config)
+    own = randn(step.num_tokens, config.latent_dim, seed=2, dtype=dtype).cpu().float()
+    exact_cache.data[step.slot_mapping // 64, LAYER, step.slot_mapping % 64] = own
+
+    cache = LatentCache(num_blocks, config.num_hidden_layers, config.latent_dim, dtype, DEVICE)
+    cache.data.copy_(exact_cache.data)
+    for row, context in enumerate(step.context_lens):  # what no query may see
+        if context % 64:
+            cache.data[step.block_tables[row, context // 64], :, context % 64 :] = torch.nan
+    q = randn(step.num_tokens, config.num_attention_heads, config.qk_head_dim, seed=3, dtype=dtype) * 2
+    q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
+    w_uk = randn(config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, seed=4, dtype=dtype) * 0.2
+    w_uv = randn(config.num_attention_heads, config.v_head_dim, config.kv_lora_rank, seed=5, dtype=dtype) * 0.2
+    packed = EagerOps().pack_latent(w_uk.cpu().float(), w_uv.cpu().float())
+    exact = eager(LAYER, q_nope.cpu().float(), q_rope.cpu().float(), packed)
+
+    ops = CudaOps()
+    on_device = replace(
+        step,
+        positions=step.positions.to(DEVICE),
+        slot_mapping=step.slot_mapping.to(DEVICE),
+        block_tables=step.block_tables.to(DEVICE),
+    )
+    with poisoned():
+        attend = ops.attention(on_device, cache, config)
+        found = attend(LAYER, q_nope, q_rope, ops.pack_latent(w_uk, w_uv))
+    assert relative_error(found.cpu(), exact) < TOLERANCE[dtype]
+
+
+def test_few_queries_are_absorbed_and_many_expanded() -> None:
+    few, many = attention.MOST_ABSORBED, attention.MOST_ABSORBED + 1
+    step, num_blocks = step_of([(1, 70), (many, 200), (few, 300)])
+    cache = LatentCache(num_blocks, CONFIG.num_hidden_layers, CONFIG.latent_dim, torch.float32)
+    planned = attention.plan_attention(step, cache, CONFIG)
+    assert planned._absorbed is not None
+    assert isinstance(planned._absorbed.tokens, torch.Tensor)
+    assert planned._absorbed.tokens.tolist() == [0, *range(1 + many, 1 + many + few)]
+    assert [len(expanded.keys) for expanded in planned._expanded] == [200]

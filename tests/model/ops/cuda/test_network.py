@@ -1,0 +1,55 @@
+"""Requests through the real scheduler and the whole network by the kernels, against the same by the eager twins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.batch import SamplingParams
+from model.ops.cuda.ops import CudaOps
+from scheduler.messages import AddRequest
+from tests.checkpoints import make_checkpoint
+from tests.model.engine import Engine, Outcome
+from tests.model.ops.cuda.common import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="the eager twin runs on the CPU, and so would the kernels")
+
+
+def requests(lengths: list[int]) -> list[AddRequest]:
+    """Prompts with one beginning."""
+    rng = np.random.default_rng(7)
+    beginning = rng.integers(2, 256, size=64)
+    made = []
+    for i, length in enumerate(lengths):
+        prompt = rng.integers(2, 256, size=length)
+        prompt[: len(beginning)] = beginning[:length]
+        params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=5)
+        made.append(AddRequest(request_id=str(i), prompt=prompt.astype("<u4").tobytes(), params=params))
+    return made
+
+
+def generate(model_dir: Path, budget: int) -> Outcome:
+    """Two rounds: the second one finds its beginnings in the prefix cache."""
+    engine = Engine(model_dir, budget=budget)
+    first = engine.generate(requests([70, 2]), preempt_every=4)
+    return Outcome.together([first, engine.generate(requests([73]))])
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("v2-yarn", 24), ("v3", 512), ("bias", 512)])
+def test_network(kind: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of at most 24 tokens, or whole prompts, expanded where they have more than 32 tokens."""
+    model_dir = make_checkpoint(tmp_path, kind)
+    exact = generate(model_dir, budget)
+    ops = CudaOps()
+    monkeypatch.setattr("model.runner._choose_ops", lambda *_: ops)
+    monkeypatch.setattr("model.ops.cuda.attention.MOST_ABSORBED", 32)
+    found = generate(model_dir, budget)
+    assert found.tokens == exact.tokens
+    assert found.num_preemptions == exact.num_preemptions
+    assert found.cached_tokens == exact.cached_tokens
+    assert found.cached_tokens[-1] == 64
+    assert budget > 100 or exact.num_preemptions > 0
+    for a, b in zip(found.logprobs, exact.logprobs, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3, rtol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from array import array
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -218,6 +219,10 @@ def _choose_ops(
         reason = "there are none: install a C++ compiler, then run `python -m model.ops.cpu.build`"
     if quantization != "none":
         raise ConfigError(f"quantization {quantization} is computed by the CPU kernels, but {reason}")
+    if device.type == "cuda" and dtype is not torch.float32 and find_spec("triton") is not None:
+        from model.ops.cuda.ops import CudaOps  # torch for CPUs comes without triton
+
+        return CudaOps()
     return EagerOps()
 
 

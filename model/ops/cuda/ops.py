@@ -21,7 +21,7 @@ from model.rotary import Rotation
 class CudaOps:
     name = "cuda"
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
         return weight
 
     def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:

@@ -20,6 +20,7 @@ from model.rotary import Rotation
 
 class CudaOps:
     name = "cuda"
+    quantization = "none"
 
     def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
         return weight

@@ -43,6 +43,7 @@ _QUANTIZED = {
 _PICKLES = ("bin", "pt", "pth")
 _NEVER_OPENED = (*_PICKLES, "pkl", "ckpt", "py")
 _SAMPLE_BYTES = 64
+_METADATA = "__metadata__"
 
 
 class _HeaderEntry(msgspec.Struct):
@@ -74,7 +75,7 @@ class Checkpoint:
 
     config: DeepseekConfig
     tensors: dict[str, TensorInfo]
-    """By name, in hub layout (a triple an expert) or stacked layout (`experts.gate_up_proj`, `experts.down_proj`)."""
+    """By the hub's names, which are those of `expected_tensors`."""
 
     @property
     def weight_bytes(self) -> int:
@@ -88,6 +89,12 @@ class Checkpoint:
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.nbytes
         return DTYPES[sizes.most_common(1)[0][0]]
+
+    @property
+    def file_stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of each weight file: what an edit within a tensor changes."""
+        stats = [(file.name, file.stat()) for file in self.by_file()]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def by_file(self) -> dict[Path, list[TensorInfo]]:
         files: dict[Path, list[TensorInfo]] = {}
@@ -138,6 +145,28 @@ def open_checkpoint(model_dir: Path, config: DeepseekConfig) -> Checkpoint:
 
 def read_header(file: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes; every claim is checked against its size."""
+    raw, start, size = _read_raw(file)
+    raw.pop(_METADATA, None)
+    if len(raw) > MAX_TENSORS:
+        raise CheckpointError(f"{file}: more than {MAX_TENSORS} tensors")
+    try:
+        entries = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{file}: malformed safetensors header: {error}") from None
+    return _place(file, entries, start, size)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    raw, _, _ = _read_raw(file)
+    try:
+        return msgspec.json.decode(raw.get(_METADATA, b"{}"), type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{file}: malformed safetensors metadata: {error}") from None
+
+
+def _read_raw(file: Path) -> tuple[dict[str, msgspec.Raw], int, int]:
+    """The header's entries, where the bytes behind it begin, and the file's size."""
     if not file.is_file():  # a named pipe would block
         raise CheckpointError(f"{file}: not a file")
     try:
@@ -154,14 +183,9 @@ def read_header(file: Path) -> list[TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     try:
-        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        raw.pop("__metadata__", None)
-        if len(raw) > MAX_TENSORS:
-            raise CheckpointError(f"{file}: more than {MAX_TENSORS} tensors")
-        entries = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
+        return msgspec.json.decode(header, type=dict[str, msgspec.Raw]), 8 + length, size
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: malformed safetensors header: {error}") from None
-    return _place(file, entries, 8 + length, size)
 
 
 def _place(file: Path, entries: dict[str, _HeaderEntry], data_start: int, size: int) -> list[TensorInfo]:
@@ -219,7 +243,8 @@ def _weight_files(model_dir: Path) -> list[Path]:
 
 def _select(model_dir: Path, config: DeepseekConfig, found: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors the config asks for, out of those found; CheckpointError unless the two sets agree."""
-    expected = _stacked(config) if any(_is_stacked_expert(name) for name in found) else expected_tensors(config)
+    stacked = any(_is_stacked_expert(name) for name in found)
+    expected = _stacked(config) if stacked else expected_tensors(config)
     unknown = [name for name in found if name not in expected and not _is_ignored(name, config)]
     for name in unknown:
         if form := _QUANTIZED.get(name.rpartition(".")[2]):
@@ -239,7 +264,9 @@ def _select(model_dir: Path, config: DeepseekConfig, found: dict[str, TensorInfo
             )
     if config.tie_word_embeddings and "lm_head.weight" in found:
         _compare_tied(found["model.embed_tokens.weight"], found["lm_head.weight"])
-    return {name: found[name] for name in expected}
+    if stacked:
+        found |= _experts_of(config, found)
+    return {name: found[name] for name in expected_tensors(config)}
 
 
 def _is_stacked_expert(name: str) -> bool:
@@ -255,6 +282,22 @@ def _stacked(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
         tensors[prefix + "gate_up_proj"] = (experts, 2 * width, hidden)
         tensors[prefix + "down_proj"] = (experts, hidden, width)
     return tensors
+
+
+def _experts_of(config: DeepseekConfig, found: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of single experts, which lie one behind the other in the stacked ones."""
+    experts = {}
+    for layer in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for stacked, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            whole = found[prefix + stacked]
+            shape = (whole.shape[1] // len(names), whole.shape[2])
+            size = whole.nbytes // (config.n_routed_experts * len(names))
+            for index in range(config.n_routed_experts * len(names)):
+                name = f"{prefix}{index // len(names)}.{names[index % len(names)]}.weight"
+                start = whole.start + index * size
+                experts[name] = TensorInfo(name, shape, whole.dtype, whole.file, start, start + size)
+    return experts
 
 
 def _is_ignored(name: str, config: DeepseekConfig) -> bool:

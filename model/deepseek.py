@@ -1,22 +1,23 @@
 """The DeepSeek-V2 network, written once (DeepSeek-V2, arXiv 2405.04434, 2; DeepSeek-V3, arXiv 2412.19437, 2.1).
 
 Multi-head latent attention and mixture of experts; V3, Moonlight and Kimi-K2 differ only in the router and
-the numbers. Modules hold parameters under the names of the published checkpoints and nothing else: cache,
+the numbers. Modules hold weights under the names of the published checkpoints and nothing else: cache,
 rows and angles are arguments. T tokens of a step lie ragged in one batch; D hidden_size, H heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
-from model.ops.interface import LatentWeights, LinearWeight, Ops, StepAttention, SwigluWeights
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, Ops, StepAttention, SwigluWeights
 from model.rotary import Rotation, inverse_frequencies, rotation
 
 LATENT_NORM_EPS = 1e-6
@@ -33,73 +34,60 @@ class Step:
     attention: StepAttention
 
 
-def _empty(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    """Uninitialised: the loader writes every parameter, and untouched memory costs nothing until then."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+class Weights(Protocol):
+    """Where a network gets its weights from; `model.weights` has the one that reads checkpoints."""
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the checkpoint by the hub's name, the caller's own, in `dtype` or else the run dtype."""
+        ...
+
+    def packed(self, name: str, pack: Callable[[], Sequence[LinearWeight]]) -> Sequence[LinearWeight]:
+        """What `pack` makes of the tensors it reads, or has made of the same tensors at an earlier start."""
+        ...
 
 
-def _drop(module: nn.Module, name: str) -> None:
-    """Gives the memory of a parameter back whose values are kept in another form."""
-    setattr(module, name, None)
+class Weight:
+    """What a checkpoint calls a norm or an embedding: a `weight` that is used as it is."""
+
+    def __init__(self, name: str, weights: Weights) -> None:
+        self.weight = weights.read(f"{name}.weight")
 
 
-class Weight(nn.Module):
-    """What a checkpoint calls a linear layer, a norm or an embedding: `weight`, and `bias` where there is one."""
+class Linear:
+    """A linear layer: `weight`, and `bias` where there is one."""
 
-    def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.weight = _empty(*shape, dtype=dtype, device=device)
-        self.bias = _empty(shape[0], dtype=dtype, device=device) if bias else None
-
-
-class Linear(Weight):
-    """A linear layer; what computes with it is `packed`, made by `pack`."""
-
-    packed: LinearWeight
-
-    def pack(self, ops: Ops, precise: bool = False) -> None:
-        self.packed = ops.pack(self.weight, precise)
-        if self.packed is not self.weight:
-            _drop(self, "weight")
+    def __init__(self, name: str, weights: Weights, ops: Ops, bias: bool = False, precise: bool = False) -> None:
+        [self.packed] = weights.packed(name, lambda: [ops.pack(weights.read(f"{name}.weight"), precise)])
+        self.bias = weights.read(f"{name}.bias") if bias else None
 
 
-class DeepseekAttention(nn.Module):
+class DeepseekAttention:
     """Multi-head latent attention: keys and values of all heads come from one latent of width kv_lora_rank."""
 
-    latent_weights: LatentWeights
-    """kv_b_proj by head, made by `prepare`."""
-
-    def __init__(
-        self, config: DeepseekConfig, ops: Ops, layer: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
+    def __init__(self, name: str, weights: Weights, config: DeepseekConfig, ops: Ops, layer: int) -> None:
         self.config, self.ops, self.layer = config, ops, layer
-        weight = partial(Weight, dtype=dtype, device=device)
-        linear = partial(Linear, dtype=dtype, device=device)
-        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        bias = config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = linear(heads * config.qk_head_dim, hidden)
+            self.q_proj = Linear(f"{name}.q_proj", weights, ops)
         else:
-            self.q_a_proj = linear(config.q_lora_rank, hidden, bias=bias)
-            self.q_a_layernorm = weight(config.q_lora_rank)
-            self.q_b_proj = linear(heads * config.qk_head_dim, config.q_lora_rank)
-        self.kv_a_proj_with_mqa = linear(config.latent_dim, hidden, bias=bias)
-        self.kv_a_layernorm = weight(config.kv_lora_rank)
-        self.kv_b_proj = weight(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
-        self.o_proj = linear(hidden, heads * config.v_head_dim, bias=bias)
+            self.q_a_proj = Linear(f"{name}.q_a_proj", weights, ops, bias)
+            self.q_a_layernorm = Weight(f"{name}.q_a_layernorm", weights)
+            self.q_b_proj = Linear(f"{name}.q_b_proj", weights, ops)
+        # An error of the latents goes into the keys and values of all heads, and stays in the cache: of what int4 costs
+        # the network's answers this small matrix has by far the most.
+        self.kv_a_proj_with_mqa = Linear(f"{name}.kv_a_proj_with_mqa", weights, ops, bias, precise=True)
+        self.kv_a_layernorm = Weight(f"{name}.kv_a_layernorm", weights)
+        kv_b = f"{name}.kv_b_proj"
+        self.latent_weights = LatentWeights(
+            *weights.packed(kv_b, lambda: self._pack_latent(weights.read(f"{kv_b}.weight")))
+        )
+        self.o_proj = Linear(f"{name}.o_proj", weights, ops, bias)
 
-    def prepare(self) -> None:
+    def _pack_latent(self, kv_b: Tensor) -> LatentWeights:
+        """kv_b_proj has the rows that rebuild keys and those that rebuild values interleaved by head."""
         config = self.config
-        for layer in self.children():
-            if isinstance(layer, Linear):
-                # An error of the latents goes into the keys and values of all heads, and stays in the cache: of what
-                # int4 costs the network's answers this small matrix has by far the most.
-                layer.pack(self.ops, precise=layer is self.kv_a_proj_with_mqa)
-        # kv_b_proj has the rows that rebuild keys and those that rebuild values interleaved by head.
-        kv_b = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
-        w_uk, w_uv = torch.split(kv_b, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        self.latent_weights = self.ops.pack_latent(w_uk, w_uv)
-        _drop(self.kv_b_proj, "weight")
+        kv_b = kv_b.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        return self.ops.pack_latent(*torch.split(kv_b, [config.qk_nope_head_dim, config.v_head_dim], dim=1))
 
     def forward(self, x: Tensor, step: Step, residual: Tensor) -> Tensor:
         """[T, D] -> [T, D], on top of the residual."""
@@ -127,68 +115,45 @@ class DeepseekAttention(nn.Module):
         return linear(attended.flatten(1), self.o_proj.packed, self.o_proj.bias, residual)
 
 
-class DeepseekMLP(nn.Module):
-    packed: SwigluWeights
-
-    def __init__(
-        self, hidden: int, intermediate: int, ops: Ops, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
+class DeepseekMLP:
+    def __init__(self, name: str, weights: Weights, ops: Ops) -> None:
         self.ops = ops
-        weight = partial(Weight, dtype=dtype, device=device)
-        self.gate_proj = weight(intermediate, hidden)
-        self.up_proj = weight(intermediate, hidden)
-        self.down_proj = weight(hidden, intermediate)
-
-    def prepare(self) -> None:
-        gate_up = torch.cat((self.gate_proj.weight, self.up_proj.weight))
-        self.packed = self.ops.pack_swiglu(gate_up, self.down_proj.weight)
-        for layer in (self.gate_proj, self.up_proj, self.down_proj):
-            _drop(layer, "weight")
+        self.packed = SwigluWeights(*weights.packed(name, lambda: ops.pack_swiglu(_read_mlp(name, weights))))
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.ops.mlp(x, self.packed, residual)
 
 
-class Router(nn.Module):
+class Router:
     """Float32 whatever the run dtype is: a rounded score would send a token to other experts."""
 
-    def __init__(self, config: DeepseekConfig, device: torch.device | str) -> None:
-        super().__init__()
-        self.weight = _empty(config.n_routed_experts, config.hidden_size, dtype=torch.float32, device=device)
+    def __init__(self, name: str, weights: Weights, config: DeepseekConfig) -> None:
+        self.weight = weights.read(f"{name}.weight", torch.float32)
         self.e_score_correction_bias = None
         if config.topk_method == "noaux_tc":
-            self.e_score_correction_bias = _empty(config.n_routed_experts, dtype=torch.float32, device=device)
+            self.e_score_correction_bias = weights.read(f"{name}.e_score_correction_bias", torch.float32)
 
 
-class RoutedExperts(nn.Module):
-    """All experts of a layer, stacked: gate_up_proj [E, 2I, D] (gate rows first), down_proj [E, D, I]."""
+class RoutedExperts:
+    """All experts of a layer, packed one after the other: only one of them exists in both forms at a time."""
 
-    packed: SwigluWeights
-
-    def __init__(self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.ops = ops
-        experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = _empty(experts, 2 * width, hidden, dtype=dtype, device=device)
-        self.down_proj = _empty(experts, hidden, width, dtype=dtype, device=device)
-
-    def prepare(self) -> None:
-        self.packed = self.ops.pack_swiglu(self.gate_up_proj, self.down_proj)
-        _drop(self, "gate_up_proj")
-        _drop(self, "down_proj")
+    def __init__(self, name: str, weights: Weights, config: DeepseekConfig, ops: Ops) -> None:
+        experts = (_read_mlp(f"{name}.{i}", weights) for i in range(config.n_routed_experts))
+        self.packed = SwigluWeights(*weights.packed(name, lambda: ops.pack_experts(config.n_routed_experts, experts)))
 
 
-class DeepseekMoE(nn.Module):
-    def __init__(self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
+def _read_mlp(name: str, weights: Weights) -> Mlp:
+    return Mlp(*(weights.read(f"{name}.{part}_proj.weight") for part in ("gate", "up", "down")))
+
+
+class DeepseekMoE:
+    def __init__(self, name: str, weights: Weights, config: DeepseekConfig, ops: Ops) -> None:
         self.config, self.ops = config, ops
-        self.gate = Router(config, device)
-        self.experts = RoutedExperts(config, ops, dtype, device)
+        self.gate = Router(f"{name}.gate", weights, config)
+        self.experts = RoutedExperts(f"{name}.experts", weights, config, ops)
         self.shared_experts = None
         if config.n_shared_experts:
-            width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = DeepseekMLP(config.hidden_size, width, ops, dtype, device)
+            self.shared_experts = DeepseekMLP(f"{name}.shared_experts", weights, ops)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         routing = self.ops.router(x, self.gate.weight, self.gate.e_score_correction_bias, self.config)
@@ -196,85 +161,46 @@ class DeepseekMoE(nn.Module):
         return self.ops.moe(x, routing, self.experts.packed, shared, residual)
 
 
-class DecoderLayer(nn.Module):
-    def __init__(
-        self, config: DeepseekConfig, ops: Ops, layer: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
+class DecoderLayer:
+    def __init__(self, name: str, weights: Weights, config: DeepseekConfig, ops: Ops, layer: int) -> None:
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.input_layernorm = Weight(config.hidden_size, dtype=dtype, device=device)
-        self.self_attn = DeepseekAttention(config, ops, layer, dtype, device)
-        self.post_attention_layernorm = Weight(config.hidden_size, dtype=dtype, device=device)
+        self.input_layernorm = Weight(f"{name}.input_layernorm", weights)
+        self.self_attn = DeepseekAttention(f"{name}.self_attn", weights, config, ops, layer)
+        self.post_attention_layernorm = Weight(f"{name}.post_attention_layernorm", weights)
         self.mlp: DeepseekMoE | DeepseekMLP
         if config.is_moe_layer(layer):
-            self.mlp = DeepseekMoE(config, ops, dtype, device)
+            self.mlp = DeepseekMoE(f"{name}.mlp", weights, config, ops)
         else:
-            self.mlp = DeepseekMLP(config.hidden_size, config.intermediate_size, ops, dtype, device)
+            self.mlp = DeepseekMLP(f"{name}.mlp", weights, ops)
 
     def forward(self, h: Tensor, step: Step) -> Tensor:
         h = self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm.weight, self.eps), step, h)
         return self.mlp.forward(self.ops.rms_norm(h, self.post_attention_layernorm.weight, self.eps), h)
 
 
-class DeepseekModel(nn.Module):
-    def __init__(self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__()
-        self.embed_tokens = Weight(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+class DeepseekModel:
+    def __init__(self, weights: Weights, config: DeepseekConfig, ops: Ops) -> None:
+        self.embed_tokens = Weight("model.embed_tokens", weights)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, ops, layer, dtype, device) for layer in layers)
-        self.norm = Weight(config.hidden_size, dtype=dtype, device=device)
+        self.layers = [DecoderLayer(f"model.layers.{layer}", weights, config, ops, layer) for layer in layers]
+        self.norm = Weight("model.norm", weights)
 
 
-class DeepseekForCausalLM(nn.Module):
-    """The whole network. Parameters are uninitialised until a loader wrote them and called `prepare`."""
+class DeepseekForCausalLM:
+    """The whole network, made of its weights: every tensor is read once, in the order of the published files, and what
+    is computed with in another form is packed at once."""
 
-    def __init__(
-        self, config: DeepseekConfig, ops: Ops, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: DeepseekConfig, ops: Ops, weights: Weights) -> None:
         self.config, self.ops = config, ops
-        self.model = DeepseekModel(config, ops, dtype, device)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.inv_freq = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(device)
-        self._waiting = {
-            unit: {f"{unit}.{name}" for name, _ in module.named_parameters()}
-            for unit, module in self.named_modules()
-            if isinstance(module, DeepseekAttention | DeepseekMLP | RoutedExperts) or unit == "lm_head"
-        }
-        """By what is packed together, the parameters that are not loaded yet."""
-        self._head: LinearWeight | None = None
-        """The embedding as the head's weight, where they are tied."""
+        self.model = DeepseekModel(weights, config, ops)
+        embedding = self.model.embed_tokens.weight
+        [self.head] = weights.packed(
+            "lm_head",
+            lambda: [ops.pack(embedding if config.tie_word_embeddings else weights.read("lm_head.weight"))],
+        )
+        self.inv_freq = inverse_frequencies(config.rope, config.qk_rope_head_dim).to(embedding.device)
 
-    def prepare(self) -> None:
-        """Packs all parameters that are computed with in another form; they must be loaded, and are gone then."""
-        for name, _ in list(self.named_parameters()):
-            self.loaded(name)
-
-    def loaded(self, name: str) -> None:
-        """A parameter has its values. What has all of its own is packed at once, so that unpacked and packed weights
-        never exist side by side for more than a layer's experts."""
-        if self.lm_head is None and name == "model.embed_tokens.weight":
-            self._head = self.ops.pack(self.model.embed_tokens.weight)
-        unit = name
-        while unit and unit not in self._waiting:
-            unit = unit.rpartition(".")[0]
-        if not unit:
-            return  # used as it is
-        waiting = self._waiting[unit]
-        waiting.discard(name)
-        if waiting:
-            return
-        del self._waiting[unit]
-        module = self.get_submodule(unit)
-        if isinstance(module, Linear):
-            module.pack(self.ops)
-        else:
-            assert isinstance(module, DeepseekAttention | DeepseekMLP | RoutedExperts)
-            module.prepare()
-
-    def forward(self, inputs: StepInputs, cache: LatentCache) -> Tensor:
+    def __call__(self, inputs: StepInputs, cache: LatentCache) -> Tensor:
         """Writes the latents of the step's tokens to the cache; returns their final hidden states [T, D], normed."""
         yarn = self.config.rope.yarn
         step = Step(
@@ -285,11 +211,9 @@ class DeepseekForCausalLM(nn.Module):
         )
         h = self.model.embed_tokens.weight[inputs.token_ids]
         for layer in self.model.layers:
-            h = layer(h, step)
+            h = layer.forward(h, step)
         return self.ops.rms_norm(h, self.model.norm.weight, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, D] -> [S, vocab_size] float32."""
-        head = self._head if self.lm_head is None else self.lm_head.packed
-        assert head is not None
-        return self.ops.logits(hidden, head)
+        return self.ops.logits(hidden, self.head)

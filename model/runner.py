@@ -25,7 +25,8 @@ from model.ops.interface import Ops
 from model.pool_size import ConfigError, size_pool
 from model.rows import Rows
 from model.sampler import sample
-from model.weights import load_weights
+from model.weights import CheckpointWeights
+from model.weights_cache import WeightsCache
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def load_runner(
     num_blocks: int | None = None,
     kv_cache_memory: int | None = None,
     num_threads: int | None = None,
+    weights_cache: Path | None = None,
     progress: bool = True,
 ) -> ModelRunner:
     """Load a checkpoint folder and answer once; options as in `scheduler.config.EngineConfig`.
@@ -173,8 +175,17 @@ def load_runner(
         num_blocks=num_blocks,
         kv_cache_memory=kv_cache_memory,
     )
-    model = DeepseekForCausalLM(config, ops, torch_dtype, torch_device)
-    load_weights(model, checkpoint, torch_dtype, torch_device, progress, model.loaded)
+    packed = None
+    if weights_cache is not None:
+        if ops.packing is None:
+            logger.info("weights cache: %s operations take the weights as they are, nothing is kept", ops.name)
+        else:
+            packed = WeightsCache(weights_cache, checkpoint, ops.packing, num_threads)
+    kept = None if packed is None else packed.read()
+    with CheckpointWeights(checkpoint, torch_dtype, torch_device, progress, kept) as weights:
+        model = DeepseekForCausalLM(config, ops, weights)
+    if packed is not None and kept is None:
+        packed.write(weights.made)
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
     rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids)

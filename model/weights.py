@@ -1,125 +1,134 @@
-"""Fills an allocated network from a checkpoint: mapped files, tensor by tensor, no second copy in memory.
+"""The tensors of a checkpoint, read one at a time and converted piece by piece.
 
-A shard is mapped, each piece of a tensor is viewed in place and copied into its parameter (which converts it), and the
-pages that were read are given back: resident memory while loading is the network and at most one piece more.
+What is resident while a network is made is the network and the tensors it is just packing. Files are read rather than
+mapped: one that shrinks meanwhile is an error then, not the end of the process.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, TensorInfo
 from model.config import CheckpointError
+from model.ops.interface import LinearWeight
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE_BYTES = 8 << 20
-_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
-"""A tensor of one expert in hub layout; the network holds the experts of a layer stacked."""
+_PIECE_BYTES = 2 << 20
+_AHEAD_BYTES = 64 << 20
+"""What the disk is asked for while the tensors before it are packed."""
 
 
-def load_weights(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: bool,
-    loaded: Callable[[str], None] = lambda name: None,
-) -> None:
-    """Fills every parameter of `model` from `checkpoint`, each exactly once.
+class CheckpointWeights(AbstractContextManager["CheckpointWeights"]):
+    """`model.deepseek.Weights` from a checkpoint. A context manager: at its end the files are closed."""
 
-    `model` was allocated in `dtype` on `device`; its parameters have the hub's names, except that a layer's routed
-    experts are stacked: `experts.gate_up_proj` [E, 2I, D] (gate rows first) and `experts.down_proj` [E, D, I].
-    A parameter's own type decides what its weights become: router weights and correction biases stay float32.
-    `progress` draws a bar of bytes on stderr; `loaded` is called with the name of each parameter that is complete, and
-    may take it away.
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: bool,
+        kept: Mapping[str, Sequence[LinearWeight]] | None = None,
+    ) -> None:
+        """`dtype` is the run dtype. `kept`, by name, was packed at an earlier start: what it was made of is not read.
 
-    Raises CheckpointError for a norm weight or bias that is not finite and for a file that has shrunk since its header
-    was read, RuntimeError where model and checkpoint do not have the same tensors.
-    """
-    if dtype is torch.float16 and checkpoint.config.model_type == "deepseek_v2":
-        logger.warning("float16 overflows in deep DeepSeek-V2 models; bfloat16 has the range they need")
-    parameters = dict(model.state_dict())
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    filled: Counter[str] = Counter()
-    bar = tqdm(
-        total=checkpoint.weight_bytes,
-        desc=f"Loading weights to {device.type}",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        file=sys.stderr,
-        disable=not progress,
-    )
-    with bar, torch.no_grad():
-        for file, tensors in checkpoint.by_file().items():
-            tensors.sort(key=lambda tensor: tensor.start)
-            with _map(file, tensors[-1].end) as mapping:
-                for tensor in tensors:
-                    name, target = _destination(tensor.name, parameters)
-                    _copy(mapping, tensor, target)
-                    filled[name] += target.numel()
-                    bar.update(tensor.nbytes)
-                    if filled[name] == sizes[name]:
-                        del target, parameters[name]
-                        loaded(name)
-    unfilled = [name for name, size in sizes.items() if filled[name] != size]
-    if unfilled:
-        raise RuntimeError(f"parameters not filled exactly once: {', '.join(unfilled[:3])}")
+        With `progress`, unless much was kept, a terminal gets a bar and the log else a line every tenth of the bytes.
+        """
+        if dtype is torch.float16 and checkpoint.config.model_type == "deepseek_v2":
+            logger.warning("float16 overflows in deep DeepSeek-V2 models; bfloat16 has the range they need")
+        self.made: dict[str, Sequence[LinearWeight]] = {}
+        """What was packed, by name."""
+        self._checkpoint, self._dtype, self._device, self._kept = checkpoint, dtype, device, kept or {}
+        self._files: dict[Path, BinaryIO] = {}
+        self._buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+        self._progress = Progress(checkpoint.weight_bytes, f"Loading weights to {device.type}", progress and not kept)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.close()
+        for file in self._files.values():
+            file.close()
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor by the hub's name, the caller's own, in `dtype` or else the run dtype.
+
+        Raises CheckpointError for a norm weight or bias that is not finite and for a file that has shrunk since its
+        header was read.
+        """
+        tensor = self._checkpoint.tensors[name]
+        if tensor.file not in self._files:
+            self._files[tensor.file] = _open(tensor.file)
+        target = torch.empty(tensor.shape, dtype=dtype or self._dtype, device=self._device)
+        _fill(target, self._files[tensor.file], tensor, self._buffer)
+        self._progress.add(tensor.nbytes)
+        return target
+
+    def packed(self, name: str, pack: Callable[[], Sequence[LinearWeight]]) -> Sequence[LinearWeight]:
+        if name in self._kept:
+            return self._kept[name]
+        self.made[name] = pack()
+        return self.made[name]
 
 
-def _map(file: Path, size: int) -> mmap.mmap:
+class Progress:
+    """How much has been read: a bar on a terminal, else a line in the log every tenth."""
+
+    def __init__(self, total: int, title: str, shown: bool) -> None:
+        self._total, self._title, self._done = total, title, 0
+        self._lines = shown and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            file=sys.stderr,
+            disable=not shown or self._lines,
+        )
+
+    def add(self, size: int) -> None:
+        before, self._done = self._done, self._done + size
+        self._bar.update(size)
+        if self._lines and 10 * before // self._total < 10 * self._done // self._total:
+            logger.info("%s: %d %%", self._title, 100 * self._done // self._total)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _open(file: Path) -> BinaryIO:
     try:
-        with file.open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size < size:  # reading past the end would kill the process
-                raise CheckpointError(f"{file}: has shrunk since its header was read")
-            # A private mapping: torch wants a writable buffer, and nothing is ever written to it.
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return file.open("rb", buffering=0)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
 
 
-def _destination(name: str, parameters: dict[str, Tensor]) -> tuple[str, Tensor]:
-    """The parameter a tensor of the file belongs to, and the part of it that the tensor fills."""
-    expert = _EXPERT.fullmatch(name)
-    if expert is None:
-        parameter_name = name
-    else:
-        parameter_name = expert[1] + ("down_proj" if expert[3] == "down" else "gate_up_proj")
-    if parameter_name not in parameters:
-        raise RuntimeError(f"the network has no parameter for tensor {name}")
-    target = parameters[parameter_name]
-    if expert is not None:
-        target = target[int(expert[2])]
-        if expert[3] != "down":
-            target = target.chunk(2)[expert[3] == "up"]
-    return parameter_name, target
-
-
-def _copy(mapping: mmap.mmap, tensor: TensorInfo, target: Tensor) -> None:
-    """Copies and converts one tensor piece by piece, giving the file's pages back behind it."""
-    if target.shape != torch.Size(tensor.shape):
-        raise RuntimeError(f"tensor {tensor.name} is {list(tensor.shape)}, its parameter {list(target.shape)}")
+def _fill(target: Tensor, stream: BinaryIO, tensor: TensorInfo, buffer: Tensor) -> None:
+    """Reads one tensor piece by piece: in place, or, where its type or device differs, by way of the buffer."""
+    os.posix_fadvise(stream.fileno(), tensor.end, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
     dtype = _DTYPES[tensor.dtype]
-    flat = target.view(-1)
-    piece = _PIECE_BYTES // dtype.itemsize
-    for first in range(0, flat.numel(), piece):
-        count = min(piece, flat.numel() - first)
-        offset = tensor.start + first * dtype.itemsize
-        flat[first : first + count].copy_(torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset))
-        begin = offset - offset % mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, begin, offset + count * dtype.itemsize - begin)
+    buffered = buffer.view(dtype)
+    in_place = target.dtype is dtype and target.device.type == "cpu"
+    offset = tensor.start
+    for piece in torch.split(target.view(-1), len(buffered)):
+        source = piece if in_place else buffered[: len(piece)]
+        if os.preadv(stream.fileno(), [source.view(torch.uint8).numpy().data], offset) != source.nbytes:
+            raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: the file has shrunk since its header was read")
+        offset += source.nbytes
+        if not in_place:
+            piece.copy_(source)
     if len(tensor.shape) == 1 and not bool(torch.isfinite(target).all()):
         raise CheckpointError(f"{tensor.file}: tensor {tensor.name}: has values that are not finite")

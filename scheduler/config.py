@@ -30,3 +30,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     num_threads: int | None = None
     """Threads of the CPU worker; None takes the cores this process may use."""
+    weights_cache: str | None = None
+    """Folder where packed weights are kept for the next start, absolute."""

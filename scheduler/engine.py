@@ -133,6 +133,7 @@ def load_model(config: EngineConfig) -> Runner:
         num_blocks=config.num_blocks,
         kv_cache_memory=config.kv_cache_memory,
         num_threads=config.num_threads,
+        weights_cache=None if config.weights_cache is None else Path(config.weights_cache),
     )
 
 

@@ -102,6 +102,10 @@ class Settings(BaseSettings):
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="Threads of the model on a CPU. Default: the cores this process may use."
     )
+    weights_cache: Path | None = Field(
+        None,
+        description="Folder where packed weights are kept, so that the next start takes seconds. Default: nowhere.",
+    )
     max_open_requests: int = Field(
         256, ge=1, description="Most requests open at once, running and waiting; one more is answered with 503."
     )
@@ -138,10 +142,10 @@ class Settings(BaseSettings):
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("model")
+    @field_validator("model", "weights_cache")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else Path(os.path.abspath(value.expanduser()))
 
     @field_validator("served_model_name")
     @classmethod
@@ -201,6 +205,7 @@ class Settings(BaseSettings):
             prefix_cache=self.prefix_cache,
             log_level=self.log_level,
             num_threads=self.num_threads,
+            weights_cache=None if self.weights_cache is None else str(self.weights_cache),
         )
 
     def shown(self) -> dict[str, object]:

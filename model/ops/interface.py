@@ -8,8 +8,10 @@ experts and norms are accumulated in float32 whatever the run dtype is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from model.config import DeepseekConfig
@@ -38,13 +40,39 @@ def unpacked(weight: LinearWeight) -> Tensor:
     return weight
 
 
+class Mlp(NamedTuple):
+    """down(silu(gate x) * up x), as a checkpoint has it."""
+
+    gate: Tensor
+    """[I, D]"""
+    up: Tensor
+    """[I, D]"""
+    down: Tensor
+    """[D, I]"""
+
+
 class SwigluWeights(NamedTuple):
-    """down(silu(gate x) * up x), of one MLP or of E experts."""
+    """One MLP or E experts, as an implementation has them."""
 
     gate_up: LinearWeight
     """[2I, D], gate rows first; experts [E, 2I, D]"""
     down: LinearWeight
     """[D, I]; experts [E, D, I]"""
+
+
+def stacked(number: int, experts: Iterable[Mlp]) -> SwigluWeights:
+    """Experts that stay tensors, copied one by one: gate_up [E, 2I, D] and down [E, D, I]."""
+    gate_up, down = None, None
+    for i, expert in enumerate(experts):
+        if gate_up is None or down is None:
+            width, hidden = expert.gate.shape
+            gate_up = expert.gate.new_empty(number, 2 * width, hidden)
+            down = expert.down.new_empty(number, hidden, width)
+        torch.cat((expert.gate, expert.up), out=gate_up[i])
+        down[i] = expert.down
+    assert gate_up is not None
+    assert down is not None
+    return SwigluWeights(gate_up, down)
 
 
 class LatentWeights(NamedTuple):
@@ -88,7 +116,12 @@ class Ops(Protocol):
 
     @property
     def quantization(self) -> str:
-        """What `pack` and `pack_swiglu` round weights to: `none`, `int8` or `int4`."""
+        """What `pack`, `pack_swiglu` and `pack_experts` round weights to: `none`, `int8` or `int4`."""
+        ...
+
+    @property
+    def packing(self) -> str | None:
+        """What decides the bytes of packed weights besides the weights; None where packing leaves them tensors."""
         ...
 
     def pack(self, weight: Tensor, precise: bool = False) -> LinearWeight:
@@ -96,8 +129,12 @@ class Ops(Protocol):
         to no fewer than 8 bits."""
         ...
 
-    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
-        """The weights of one MLP or of E experts as `mlp` and `moe` want them, likewise."""
+    def pack_swiglu(self, mlp: Mlp) -> SwigluWeights:
+        """As `mlp`, and `moe` for its shared experts, want it; likewise."""
+        ...
+
+    def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
+        """`number` experts as `moe` wants them, taken one by one."""
         ...
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:

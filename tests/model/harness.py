@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from model.deepseek import DeepseekForCausalLM
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager.ops import EagerOps
-from tests.checkpoints import read_tensors, stack_experts
+from model.ops.interface import LinearWeight, Ops
+from tests.checkpoints import read_tensors
 
 NUM_BLOCKS = 160
 
@@ -22,15 +23,23 @@ NUM_BLOCKS = 160
 torch.set_num_threads(1)
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> DeepseekForCausalLM:
-    """The network with a checkpoint's weights, without the streaming loader: every name must fit."""
+class GivenWeights:
+    """`model.deepseek.Weights` out of tensors by the hub's names; each may be read once."""
+
+    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        self.unread, self.dtype = dict(tensors), dtype
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.unread.pop(name).to(dtype or self.dtype, copy=True)
+
+    def packed(self, name: str, pack: Callable[[], Sequence[LinearWeight]]) -> Sequence[LinearWeight]:
+        return pack()
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> DeepseekForCausalLM:
+    """The network with a checkpoint's weights, without the streaming loader: in float32 by plain torch, or so."""
     config = load_config(path)
-    model = DeepseekForCausalLM(config, EagerOps(), dtype)
-    tensors = stack_experts(read_tensors(path), config)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
-    model.prepare()
-    return model
+    return DeepseekForCausalLM(config, ops or EagerOps(), GivenWeights(read_tensors(path), dtype))
 
 
 @dataclass

@@ -8,23 +8,24 @@ import pytest
 import torch
 
 from model.config import expected_tensors, load_config
-from model.deepseek import DeepseekForCausalLM
+from model.deepseek import DeepseekForCausalLM, DeepseekMoE
 from model.latent_cache import BLOCK_SIZE
 from model.ops.eager.ops import EagerOps
-from tests.checkpoints import KINDS, make_checkpoint, random_weights, stack_experts
-from tests.model.harness import Driver, Row, load_model, random_tokens
+from tests.checkpoints import KINDS, make_checkpoint, random_weights
+from tests.model.harness import Driver, GivenWeights, Row, load_model, random_tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_have_the_names_and_shapes_of_the_checkpoint(kind: str, tmp_path: Path) -> None:
+def test_every_tensor_of_the_checkpoint_is_read_once(kind: str, tmp_path: Path) -> None:
     config = load_config(make_checkpoint(tmp_path, kind))
-    model = DeepseekForCausalLM(config, EagerOps(), torch.bfloat16)
-    tensors = stack_experts({n: t for n, t in random_weights(config).items() if n in expected_tensors(config)}, config)
-    parameters = dict(model.named_parameters())
-    assert {n: p.shape for n, p in parameters.items()} == {n: t.shape for n, t in tensors.items()}
-    assert not any(p.requires_grad for p in parameters.values())
-    for name, parameter in parameters.items():
-        assert parameter.dtype == (torch.float32 if ".mlp.gate." in name else torch.bfloat16), name
+    expected = expected_tensors(config)
+    weights = GivenWeights({n: t for n, t in random_weights(config).items() if n in expected}, torch.bfloat16)
+    model = DeepseekForCausalLM(config, EagerOps(), weights)
+    assert not weights.unread  # and what is read twice is a KeyError
+    assert model.model.norm.weight.dtype is torch.bfloat16
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, DeepseekMoE):
+            assert layer.mlp.gate.weight.dtype is torch.float32
 
 
 def test_nothing_but_latents_is_cached(tmp_path: Path) -> None:

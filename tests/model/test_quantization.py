@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.batch import SamplingParams
-from model.deepseek import DecoderLayer, DeepseekForCausalLM, DeepseekMLP
+from model.deepseek import DeepseekForCausalLM, DeepseekMLP
 from model.memory import weight_bytes_in
 from model.ops.cpu.library import library
 from model.ops.interface import LinearWeight, PackedWeight
@@ -115,18 +115,22 @@ def test_as_many_bytes_as_were_planned(quantization: str, tied: bool, tmp_path: 
     )
     runner = load(path, quantization)
     assert runner.weight_bytes == weight_bytes_in(runner.model.config, "bfloat16", quantization)
-    held = sum(parameter.nbytes for parameter in runner.model.parameters())
-    for layer in runner.model.model.layers:
-        assert isinstance(layer, DecoderLayer)
+    network = runner.model.model
+    held = network.embed_tokens.weight.nbytes + network.norm.weight.nbytes
+    for layer in network.layers:
         attention = layer.self_attn
+        norms = (layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm)
+        held += sum(norm.weight.nbytes for norm in norms)
         linears = (attention.q_proj, attention.kv_a_proj_with_mqa, attention.o_proj)
         held += packed_bytes(*(linear.packed for linear in linears))
         held += packed_bytes(attention.latent_weights.absorb, attention.latent_weights.value)  # the third is a copy
-        mlps = [layer.mlp] if isinstance(layer.mlp, DeepseekMLP) else [layer.mlp.experts, layer.mlp.shared_experts]
+        if isinstance(layer.mlp, DeepseekMLP):
+            mlps = [layer.mlp]
+        else:
+            mlps = [layer.mlp.experts, layer.mlp.shared_experts]
+            held += layer.mlp.gate.weight.nbytes
         held += packed_bytes(*(weight for mlp in mlps if mlp is not None for weight in mlp.packed))
-    head = runner.model.lm_head
-    held += packed_bytes(runner.model._head if head is None else head.packed)
-    assert held == runner.weight_bytes
+    assert held + packed_bytes(runner.model.head) == runner.weight_bytes
 
 
 def packed_bytes(*weights: LinearWeight | None) -> int:

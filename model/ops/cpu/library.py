@@ -7,6 +7,7 @@ function computes goes to the tensor that is named for it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 from collections.abc import Callable
 from ctypes import byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -93,6 +94,7 @@ _TYPES: dict[str, Any] = {
 class Library:
     def __init__(self, path: Path) -> None:
         """OSError where it cannot be loaded, AttributeError where it lacks a function."""
+        self._path = path
         loaded = ctypes.CDLL(str(path))
         self._functions: dict[str, Callable[..., Any]] = {}
         for name, signature in _SIGNATURES.items():
@@ -112,6 +114,11 @@ class Library:
     @property
     def abi(self) -> int:
         return int(self._functions["abi"]())
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits that tell this build from another, whose packed weights may lie otherwise."""
+        return hashlib.sha256(self._path.read_bytes()).hexdigest()
 
     @property
     def isa(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
-from model.ops.interface import LatentWeights, LinearWeight, PackedWeight, Routing, SwigluWeights
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
 
 K_MULTIPLE = 32
@@ -48,14 +50,29 @@ class CpuOps:
         self._workspace = torch.empty(0, dtype=torch.uint8)
         library.set_threads(threads)
 
+    @property
+    def packing(self) -> str:
+        return f"{self.quantization} {self._library.digest}"
+
     def pack(self, weight: Tensor, precise: bool = False) -> PackedWeight:
         return self._packed(weight[None], Format.INT8 if precise and self._format is Format.INT4 else self._format)
 
-    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
+    def pack_swiglu(self, mlp: Mlp) -> SwigluWeights:
+        return self.pack_experts(1, [mlp])
+
+    def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
         # Gate and up are packed each by itself, so that their columns lie in blocks of their own.
-        halves = gate_up.reshape(-1, gate_up.shape[-2] // 2, gate_up.shape[-1])
-        down = down.reshape(-1, *down.shape[-2:])
-        return SwigluWeights(self._packed(halves, self._format), self._packed(down, self._format))
+        gate_up, down = None, None
+        for i, expert in enumerate(experts):
+            if gate_up is None or down is None:
+                gate_up = self._empty(2 * number, expert.gate, self._format)
+                down = self._empty(number, expert.down, self._format)
+            self._library.pack(self._format, expert.gate, gate_up.data[2 * i])
+            self._library.pack(self._format, expert.up, gate_up.data[2 * i + 1])
+            self._library.pack(self._format, expert.down, down.data[i])
+        assert gate_up is not None
+        assert down is not None
+        return SwigluWeights(gate_up, down)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
         # Never quantised: products with what the cache holds, which is bfloat16.
@@ -64,12 +81,16 @@ class CpuOps:
 
     def _packed(self, weights: Tensor, format: Format) -> PackedWeight:
         """[n, out, in] -> one behind the other."""
-        number, out_features, in_features = weights.shape
+        packed = self._empty(len(weights), weights[0], format)
+        for weight, data in zip(weights, packed.data, strict=True):
+            self._library.pack(format, weight.contiguous(), data)
+        return packed
+
+    def _empty(self, number: int, weight: Tensor, format: Format) -> PackedWeight:
+        """Room for so many weights of this shape."""
+        out_features, in_features = weight.shape
         size = self._library.packed_bytes(format, out_features, in_features)
-        data = torch.empty((number, size), dtype=torch.uint8)
-        for weight, packed in zip(weights, data, strict=True):
-            self._library.pack(format, weight.contiguous(), packed)
-        return PackedWeight(data, format, out_features, in_features)
+        return PackedWeight(torch.empty((number, size), dtype=torch.uint8), format, out_features, in_features)
 
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,19 +16,23 @@ from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.cuda.router import router
-from model.ops.interface import LatentWeights, LinearWeight, Routing, SwigluWeights, unpacked
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, Routing, SwigluWeights, stacked, unpacked
 from model.rotary import Rotation
 
 
 class CudaOps:
     name = "cuda"
     quantization = "none"
+    packing = None
 
     def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
         return weight
 
-    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
-        return SwigluWeights(gate_up.contiguous(), down.contiguous())
+    def pack_swiglu(self, mlp: Mlp) -> SwigluWeights:
+        return SwigluWeights(torch.cat((mlp.gate, mlp.up)), mlp.down)
+
+    def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
+        return stacked(number, experts)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
         expand = w_uk.contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,19 +13,23 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager.attention import EagerAttention
 from model.ops.eager.experts import mlp, moe, router
-from model.ops.interface import LatentWeights, LinearWeight, Routing, SwigluWeights, unpacked
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, Routing, SwigluWeights, stacked, unpacked
 from model.rotary import Rotation, rotate_pairs
 
 
 class EagerOps:
     name = "eager"
     quantization = "none"
+    packing = None
 
     def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
         return weight
 
-    def pack_swiglu(self, gate_up: Tensor, down: Tensor) -> SwigluWeights:
-        return SwigluWeights(gate_up, down)
+    def pack_swiglu(self, mlp: Mlp) -> SwigluWeights:
+        return SwigluWeights(torch.cat((mlp.gate, mlp.up)), mlp.down)
+
+    def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
+        return stacked(number, experts)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
         # Copies, since a batched product over heads would copy strided views in every step.

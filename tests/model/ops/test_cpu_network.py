@@ -11,10 +11,8 @@ from model.config import load_config
 from model.deepseek import DeepseekForCausalLM
 from model.ops.cpu.library import library
 from model.ops.cpu.ops import CpuOps, obstacle
-from model.ops.eager.ops import EagerOps
-from model.ops.interface import Ops
-from tests.checkpoints import make_checkpoint, read_tensors, stack_experts
-from tests.model.harness import Driver, Row, random_tokens
+from tests.checkpoints import make_checkpoint
+from tests.model.harness import Driver, Row, load_model, random_tokens
 
 KINDS = {
     "v2": {},
@@ -30,20 +28,10 @@ KERNELS = library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="the kernels are not built")
 
 
-def load(path: Path, ops: Ops, dtype: torch.dtype) -> DeepseekForCausalLM:
-    config = load_config(path)
-    model = DeepseekForCausalLM(config, ops, dtype)
-    tensors = stack_experts(read_tensors(path), config)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
-    model.prepare()
-    return model
-
-
 def by_kernels(path: Path, threads: int = 2, quantization: str = "none") -> DeepseekForCausalLM:
     assert KERNELS is not None
     assert obstacle(load_config(path), torch.bfloat16, CPU) is None
-    return load(path, CpuOps(KERNELS, threads, quantization), torch.bfloat16)
+    return load_model(path, torch.bfloat16, CpuOps(KERNELS, threads, quantization))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,8 +40,8 @@ def test_no_further_from_float32_than_torch_in_bfloat16(kind: str, tied: bool, t
     """Whole prompts, chunks and single tokens: log-probabilities of 200 tokens over shuffled pages full of NaN."""
     path = make_checkpoint(tmp_path / "model", kind, tie_word_embeddings=tied, **KINDS[kind])
     tokens = random_tokens(200, 256)
-    exact = Driver(load(path, EagerOps(), torch.float32)).run(tokens, 200)
-    by_torch = Driver(load(path, EagerOps(), torch.bfloat16)).run(tokens, 200)
+    exact = Driver(load_model(path)).run(tokens, 200)
+    by_torch = Driver(load_model(path, torch.bfloat16)).run(tokens, 200)
 
     def agreement(logprobs: torch.Tensor) -> float:
         return (logprobs.argmax(-1) == exact.argmax(-1)).float().mean().item()

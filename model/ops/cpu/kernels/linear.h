@@ -63,16 +63,18 @@ inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void
     // Of about equal size, and of whole tiles.
     int64_t row_jobs = (m + JOB_ROWS - 1) / JOB_ROWS;
     int64_t job_rows = row_jobs ? ((m + row_jobs - 1) / row_jobs + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : 0;
-    int64_t panel_bytes = latentd::panel_bytes(format, k);
-    int64_t job_panels = row_jobs > 1 ? 1 : latentd::panels_a_job(latentd::panels(n), panel_bytes, latentd::num_threads);
-    int64_t column_jobs = (latentd::panels(n) + job_panels - 1) / job_panels;
+    int64_t panels = latentd::panels(n), panel_bytes = latentd::panel_bytes(format, k);
+    int64_t job_panels = row_jobs > 1 ? 1 : latentd::panels_a_job(panels, panel_bytes, latentd::num_threads);
+    int64_t column_jobs = (panels + job_panels - 1) / job_panels;
     latentd::parallel_for(column_jobs * row_jobs, [=](int64_t job) {
         int64_t first_panel = job / row_jobs * job_panels, first_row = job % row_jobs * job_rows;
         int64_t some = m - first_row < job_rows ? m - first_row : job_rows;
         alignas(64) float sums[JOB_ROWS * PANEL];
-        for (int64_t panel = first_panel; panel < first_panel + job_panels && panel * PANEL < n; panel++) {
-            panel_product(format, some, static_cast<const char*>(rows) + first_row * row_bytes, row_bytes,
-                          static_cast<const char*>(weight) + panel * panel_bytes, k, sums, PANEL);
+        int64_t stop_panel = first_panel + job_panels < panels ? first_panel + job_panels : panels;
+        for (int64_t panel = first_panel; panel < stop_panel; panel++) {
+            const char* from = static_cast<const char*>(weight) + panel * panel_bytes;
+            panel_product(format, some, static_cast<const char*>(rows) + first_row * row_bytes, row_bytes, from, k,
+                          sums, PANEL, panel + 1 < stop_panel ? from + panel_bytes : nullptr);
             int64_t column = panel * PANEL, columns = n - column < PANEL ? n - column : PANEL;
             for (int64_t row = 0; row < some; row++) {
                 const bf16* row_bias = bias ? bias + column : nullptr;

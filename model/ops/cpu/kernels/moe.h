@@ -166,44 +166,53 @@ struct Moe {
             int64_t start = (job - expert.first_job) % ranges(expert) * ROWS_A_JOB;
             int64_t stop = start + ROWS_A_JOB < expert.rows ? start + ROWS_A_JOB : expert.rows;
             for (int64_t panel = first_panel; panel < stop_panel; panel++)
-                hidden_panel(expert, panel, start, stop);
+                hidden_panel(expert, panel, panel + 1 < stop_panel, start, stop);
         });
     }
 
-    // Second phase: 64 columns of y, over all experts; for all tokens, so that weights are read once, unless there are
-    // more threads than columns.
+    // Second phase: some panels of columns of y, over all experts; for all tokens, so that weights are read once, unless
+    // there are more threads than columns.
     void sum_experts(const bf16* residual, bf16* y) const {
-        int64_t wanted = (latentd::JOBS_A_THREAD * latentd::num_threads + panels(shape.d) - 1) / panels(shape.d);
+        int64_t all = panels(shape.d), some = 1;
+        int64_t width = shape.experts > 0 ? shape.width : shape.shared_width;
+        if (shape.tokens <= MANY_TOKENS)
+            some = panels_a_job(all, panel_bytes(format, width), latentd::num_threads);
+        int64_t column_jobs = (all + some - 1) / some;
+        int64_t wanted = (latentd::JOBS_A_THREAD * latentd::num_threads + column_jobs - 1) / column_jobs;
         int64_t size = (shape.tokens + wanted - 1) / wanted;
         size = size > MIN_TOKENS_A_JOB ? size : MIN_TOKENS_A_JOB;
         int64_t token_ranges = (shape.tokens + size - 1) / size;
-        latentd::parallel_for(panels(shape.d) * token_ranges, [&](int64_t job) {
-            int64_t panel = job / token_ranges, start = job % token_ranges * size;
+        latentd::parallel_for(column_jobs * token_ranges, [&](int64_t job) {
+            int64_t first_panel = job / token_ranges * some, start = job % token_ranges * size;
+            int64_t stop_panel = first_panel + some < all ? first_panel + some : all;
             int64_t stop = start + size < shape.tokens ? start + size : shape.tokens;
-            float* sum = sums + panel * shape.tokens * PANEL;
-            memset(sum + start * PANEL, 0, size_t((stop - start) * PANEL) * sizeof(float));
-            for (int64_t index = 0; index < shape.all_experts(); index++)
-                add_expert(experts[index], panel, start, stop, sum);
-            int64_t columns = PANEL < shape.d - panel * PANEL ? PANEL : shape.d - panel * PANEL;
-            for (int64_t token = start; token < stop; token++)
-                for (int64_t v = 0; v < columns; v += LANES) {
-                    int64_t at = token * shape.d + panel * PANEL + v;
-                    Float value = load(sum + token * PANEL + v);
-                    store(y + at, residual ? value + load(residual + at) : value);
+            for (int64_t panel = first_panel; panel < stop_panel; panel++)
+                memset(sums + (panel * shape.tokens + start) * PANEL, 0, size_t((stop - start) * PANEL) * sizeof(float));
+            for (int64_t index = 0; index < shape.all_experts(); index++) {
+                const Expert& expert = experts[index];
+                int64_t size = panel_bytes(format, expert.width);
+                for (int64_t panel = first_panel; panel < stop_panel; panel++) {
+                    const char* from = expert.down + panel * size;
+                    const char* next = panel + 1 < stop_panel ? from + size : next_down(index, first_panel);
+                    add_expert(expert, from, next, start, stop, sums + panel * shape.tokens * PANEL);
                 }
+            }
+            for (int64_t panel = first_panel; panel < stop_panel; panel++) finish(panel, start, stop, residual, y);
         });
     }
 
 private:
-    void hidden_panel(const Expert& expert, int64_t panel, int64_t start, int64_t stop) const {
+    void hidden_panel(const Expert& expert, int64_t panel, bool another, int64_t start, int64_t stop) const {
         const char* gate_panel = expert.gate_up + panel * panel_bytes(format, shape.d);
         const char* up_panel = gate_panel + panels(expert.width) * panel_bytes(format, shape.d);
+        const char* next = another ? gate_panel + panel_bytes(format, shape.d) : nullptr;
         alignas(64) float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
         for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
             int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
             const char* from = rows + (expert.first + row) * row_bytes;
-            panel_product(format, count, from, row_bytes, gate_panel, shape.d, gate, PANEL);
-            panel_product(format, count, from, row_bytes, up_panel, shape.d, up, PANEL);
+            panel_product(format, count, from, row_bytes, gate_panel, shape.d, gate, PANEL,
+                          up_panel);
+            panel_product(format, count, from, row_bytes, up_panel, shape.d, up, PANEL, next);
             for (int64_t i = 0; i < count; i++) {
                 bf16 activated[PANEL];
                 for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)
@@ -234,6 +243,13 @@ private:
         return experts[low];
     }
 
+    // The panel of the next expert that has rows.
+    const char* next_down(int64_t index, int64_t panel) const {
+        while (++index < shape.all_experts())
+            if (experts[index].rows) return experts[index].down + panel * panel_bytes(format, experts[index].width);
+        return nullptr;
+    }
+
     // The first of an expert's rows whose token is not before.
     int64_t row_of(const Expert& expert, int64_t token) const {
         int64_t low = 0, high = expert.rows;
@@ -245,14 +261,14 @@ private:
         return low;
     }
 
-    void add_expert(const Expert& expert, int64_t panel, int64_t first_token, int64_t last_token, float* sum) const {
-        const char* down_panel = expert.down + panel * panel_bytes(format, expert.width);
+    void add_expert(const Expert& expert, const char* down_panel, const char* next, int64_t first_token,
+                    int64_t last_token, float* sum) const {
         int64_t stop = row_of(expert, last_token);
         alignas(64) float output[ROWS_AT_ONCE * PANEL];
         for (int64_t row = row_of(expert, first_token); row < stop; row += ROWS_AT_ONCE) {
             int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
             panel_product(format, count, expert.hidden + row * hidden_bytes(expert), hidden_bytes(expert), down_panel,
-                          expert.width, output, PANEL);
+                          expert.width, output, PANEL, next);
             for (int64_t i = 0; i < count; i++) {
                 int64_t pair = expert.first + row + i;
                 float* to = sum + tokens[pair] * PANEL;
@@ -261,6 +277,16 @@ private:
                     store(to + v, load(to + v) + weight * load(output + i * PANEL + v));
             }
         }
+    }
+
+    void finish(int64_t panel, int64_t first_token, int64_t last_token, const bf16* residual, bf16* y) const {
+        int64_t columns = PANEL < shape.d - panel * PANEL ? PANEL : shape.d - panel * PANEL;
+        for (int64_t token = first_token; token < last_token; token++)
+            for (int64_t v = 0; v < columns; v += LANES) {
+                int64_t at = token * shape.d + panel * PANEL + v;
+                Float value = load(sums + (panel * shape.tokens + token) * PANEL + v);
+                store(y + at, residual ? value + load(residual + at) : value);
+            }
     }
 };
 

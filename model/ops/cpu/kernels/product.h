@@ -62,12 +62,12 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
 
 // Rows of A are lda groups apart. BYTES: a weight is a byte (of int8, or of int4 spread out), or half a one. `zero` is
 // what stands for a weight of 0.
-template <int ROWS, bool BYTES, bool FETCH>
+template <int ROWS, bool BYTES>
 LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
                                float* c, int64_t ldc, bool add, Ahead ahead) {
     constexpr int VECTORS = vectors_of(2 * ROWS);
     constexpr int64_t WEIGHTS = PANEL * GROUP / (BYTES ? 1 : 2);
-    for (int64_t first = 0; first < PANEL; first += VECTORS * LANES) {
+    for (int64_t first = 0; first < PANEL; first += VECTORS * LANES, ahead.lines = 0) {
         Float total[ROWS][VECTORS];
         LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
             LATENTD_UNROLL for (int v = 0; v < VECTORS; v++)
@@ -78,7 +78,7 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
             for (int row = 0; row < ROWS; row++)
                 for (int v = 0; v < VECTORS; v++) sum[row][v] = Int{} - a[row * lda + group].sum * zero;
             for (int64_t line = 0; line < WEIGHTS / (4 * PANEL); line++) {
-                if (FETCH && first == 0) ahead.fetch();
+                ahead.fetch();
                 Uint read[VECTORS];
                 for (int v = 0; v < VECTORS; v++) read[v] = load_as<Uint>(from + 4 * (line * PANEL + v * LANES));
                 for (int half = 0; half < (BYTES ? 1 : 2); half++)
@@ -110,18 +110,18 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
 // to TILE_ROWS that have no others beside them pass at once, so that the weights are one long stream.
 constexpr int GROUP_ROWS = TILE_ROWS * 2 / 3;
 
-template <bool BYTES, bool FETCH>
+template <bool BYTES>
 inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
                        float* c, int64_t ldc, bool add, Ahead ahead) {
     switch (rows) {
 #if defined(__AVX512F__)
-        case 6: group_rows<6, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 5: group_rows<5, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 6: group_rows<6, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 5: group_rows<5, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
 #endif
-        case 4: group_rows<4, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 3: group_rows<3, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 2: group_rows<2, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 1: group_rows<1, BYTES, FETCH>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 4: group_rows<4, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 3: group_rows<3, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 2: group_rows<2, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 1: group_rows<1, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
     }
 }
 
@@ -141,57 +141,51 @@ inline void spread_halves(const uint8_t* from, int64_t groups, uint8_t* to) {
 }
 
 // At most TILE_ROWS rows with the weights of `k` that begin at `b`.
-template <bool FETCH>
 inline void block_product(latentd_format format, bool bytes, int64_t rows, const char* a, int64_t lda, const uint8_t* b,
                           int64_t k, float* c, int64_t ldc, bool add, Ahead ahead) {
     if (format == LATENTD_BF16)
-        return tile<FETCH>(rows, reinterpret_cast<const bf16*>(a), lda / 2, reinterpret_cast<const bf16*>(b), k / 2, c,
-                           ldc, add, ahead);
+        return tile(rows, reinterpret_cast<const bf16*>(a), lda / 2, reinterpret_cast<const bf16*>(b), k / 2, c, ldc,
+                    add, ahead);
     const QuantisedGroup* groups = reinterpret_cast<const QuantisedGroup*>(a);
     int64_t stride = lda / int64_t(sizeof(QuantisedGroup));
     int zero = latentd::zero_of(format);
-    if (bytes) group_tile<true, FETCH>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
-    else group_tile<false, FETCH>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
+    if (bytes) group_tile<true>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
+    else group_tile<false>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
 }
 
-// Rows of A lie `lda` bytes apart, each activation_bytes long; those of C, 64 numbers each, ldc floats.
+// Rows of A lie `lda` bytes apart, each activation_bytes long; those of C, 64 numbers each, ldc floats. `next`: the
+// panel that is wanted after this one, or null.
+//
+// Rows pass block after block of weights. While they do, the first tiles of a block bring the next block from memory:
+// short pieces are read as fast as long ones then, and memory is busy while registers are.
 inline void panel_product(latentd_format format, int64_t rows, const void* a, int64_t lda, const void* panel, int64_t k,
-                          float* c, int64_t ldc) {
+                          float* c, int64_t ldc, const void* next) {
     const char* activations = static_cast<const char*>(a);
     const uint8_t* weights = static_cast<const uint8_t*>(panel);
-    bool bytes = format == LATENTD_INT8;
-    if (rows <= TILE_ROWS)
-        return block_product<false>(format, bytes, rows, activations, lda, weights, k, c, ldc, false, {});
-
-    // More rows pass block after block of weights. The first tiles of a block bring the next block from memory, so that
-    // it is read while the rows are computed and not before.
-    int64_t tile_rows = format == LATENTD_BF16 ? TILE_ROWS : GROUP_ROWS;
-    int64_t tiles = (rows + tile_rows - 1) / tile_rows, fetching = tiles < 4 ? tiles : 4;
-    int64_t block = block_of(format);
+    int64_t tile_rows = format == LATENTD_BF16 || rows <= TILE_ROWS ? TILE_ROWS : GROUP_ROWS;
+    int64_t tiles = (rows + tile_rows - 1) / tile_rows, block = block_of(format);
     // Halves are made bytes once for many rows.
-    bool spread = format == LATENTD_INT4 && tiles > 2;
-    bytes = bytes || spread;
+    bool spread = format == LATENTD_INT4 && tiles > 2, bytes = spread || format == LATENTD_INT8;
     alignas(64) uint8_t spread_weights[block_of(LATENTD_INT4) / GROUP * latentd::group_bytes(LATENTD_INT8)];
     for (int64_t first = 0; first < k; first += block) {
         int64_t some = k - first < block ? k - first : block;
-        int64_t next = k - first - some < block ? k - first - some : block;
         const uint8_t* from = weights + latentd::panel_bytes(format, first);
+        bool last = first + some == k;
+        const uint8_t* following = last ? static_cast<const uint8_t*>(next) : from + latentd::panel_bytes(format, some);
+        int64_t left = last ? k : k - first - some;
+        int64_t wanted = following ? latentd::panel_bytes(format, left < block ? left : block) / 64 : 0;  // in lines
         int64_t steps = some / (format == LATENTD_BF16 ? 2 : bytes ? 4 : 8);
-        int64_t step = latentd::panel_bytes(format, next) / (steps * fetching);
-        Ahead ahead = {from + latentd::panel_bytes(format, some), step};
+        int64_t fetching = tiles < 4 ? tiles : 4, lines = (wanted + steps * fetching - 1) / (steps * fetching);
         if (spread) {
             spread_halves(from, some / GROUP, spread_weights);
             from = spread_weights;
         }
         for (int64_t tile = 0, row = 0, count; tile < tiles; tile++, row += count) {
             count = (rows - row + tiles - tile - 1) / (tiles - tile);  // of about equal size
-            const char* of_rows = activations + row * lda + activation_bytes(format, first);
-            float* to = c + row * ldc;
-            if (tile < fetching && next > 0)
-                block_product<true>(format, bytes, count, of_rows, lda, from, some, to, ldc, first > 0, ahead);
-            else
-                block_product<false>(format, bytes, count, of_rows, lda, from, some, to, ldc, first > 0, {});
-            ahead.from += step * steps;
+            int64_t fetched = tile * steps * lines;
+            Ahead ahead = {following + 64 * fetched, fetched < wanted ? lines : 0};
+            block_product(format, bytes, count, activations + row * lda + activation_bytes(format, first), lda, from,
+                          some, c + row * ldc, ldc, first > 0, ahead);
         }
     }
 }

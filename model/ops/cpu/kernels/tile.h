@@ -20,32 +20,29 @@ constexpr int TILE_ROWS = 4;
 constexpr int vectors_of(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #endif
 
-// Memory that will be read next: brought nearer in steps while registers are busy. At most three lines a step.
+// Memory that will be read next: brought nearer, `lines` at each step, while registers are busy.
 struct Ahead {
     const uint8_t* from;
-    int64_t step;
+    int64_t lines;
 
     LATENTD_INLINE void fetch() {
-        __builtin_prefetch(from, 0, 2);
-        __builtin_prefetch(from + step / 3, 0, 2);
-        __builtin_prefetch(from + step * 2 / 3, 0, 2);
-        from += step;
+        for (int64_t line = 0; line < lines; line++, from += 64) __builtin_prefetch(from, 0, 2);
     }
 };
 
 // Rows of A are lda apart, those of C ldc. `add`: onto what C holds.
-template <int ROWS, bool FETCH>
+template <int ROWS>
 LATENTD_INLINE void tile_rows(const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc, bool add,
                               Ahead ahead) {
     constexpr int VECTORS = vectors_of(ROWS);
-    for (int64_t first = 0; first < COLUMNS; first += VECTORS * LANES) {
+    for (int64_t first = 0; first < COLUMNS; first += VECTORS * LANES, ahead.lines = 0) {
         Float total[ROWS][VECTORS];
         LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
             LATENTD_UNROLL for (int v = 0; v < VECTORS; v++)
                 total[row][v] = add ? load(c + row * ldc + first + v * LANES) : Float{};
         const bf16* from = b + 2 * first;
         for (int64_t pair = 0; pair < pairs; pair++, from += 2 * COLUMNS) {
-            if (FETCH && first == 0) ahead.fetch();
+            ahead.fetch();
             Uint column[VECTORS];
             for (int v = 0; v < VECTORS; v++) column[v] = load_as<Uint>(from + 2 * LANES * v);
             for (int row = 0; row < ROWS; row++) {
@@ -60,26 +57,20 @@ LATENTD_INLINE void tile_rows(const bf16* a, int64_t lda, const bf16* b, int64_t
     }
 }
 
-template <bool FETCH>
-inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc,
-                 bool add, Ahead ahead) {
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc)
-        tile_rows<TILE_ROWS, FETCH>(a, lda, b, pairs, c, ldc, add, ahead);
-    switch (rows) {
-#if defined(__AVX512F__)
-        case 5: tile_rows<5, FETCH>(a, lda, b, pairs, c, ldc, add, ahead); break;
-        case 4: tile_rows<4, FETCH>(a, lda, b, pairs, c, ldc, add, ahead); break;
-#endif
-        case 3: tile_rows<3, FETCH>(a, lda, b, pairs, c, ldc, add, ahead); break;
-        case 2: tile_rows<2, FETCH>(a, lda, b, pairs, c, ldc, add, ahead); break;
-        case 1: tile_rows<1, FETCH>(a, lda, b, pairs, c, ldc, add, ahead); break;
-    }
-}
-
 // Any number of rows.
 inline void tile(int64_t rows, const bf16* a, int64_t lda, const bf16* b, int64_t pairs, float* c, int64_t ldc,
-                 bool add) {
-    tile<false>(rows, a, lda, b, pairs, c, ldc, add, Ahead{});
+                 bool add, Ahead ahead = {}) {
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc)
+        tile_rows<TILE_ROWS>(a, lda, b, pairs, c, ldc, add, ahead);
+    switch (rows) {
+#if defined(__AVX512F__)
+        case 5: tile_rows<5>(a, lda, b, pairs, c, ldc, add, ahead); break;
+        case 4: tile_rows<4>(a, lda, b, pairs, c, ldc, add, ahead); break;
+#endif
+        case 3: tile_rows<3>(a, lda, b, pairs, c, ldc, add, ahead); break;
+        case 2: tile_rows<2>(a, lda, b, pairs, c, ldc, add, ahead); break;
+        case 1: tile_rows<1>(a, lda, b, pairs, c, ldc, add, ahead); break;
+    }
 }
 
 }  // namespace ISA

@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-peers docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-peers docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +51,9 @@ test-slow: dev ## the tests that take minutes
 
 test-kernels: $(VENV)/.kernels ## the Triton kernels under Triton's interpreter: no GPU needed
 	TRITON_INTERPRET=1 $(VENV)/kernels/bin/python -m pytest tests/model/ops/cuda
+
+test-sanitizers: dev ## the CPU kernels under the address, undefined-behaviour and thread sanitizers (needs GCC)
+	$(BIN)/python -m tests.sanitizers
 
 test-wheel: dev ## the wheel, installed in an empty environment
 	$(BIN)/python -m pytest -m slow tests/test_package.py

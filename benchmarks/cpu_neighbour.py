@@ -25,12 +25,18 @@ from typing import NamedTuple
 import torch
 
 from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
+from model.cores import usable_cores
 from model.latent_cache import BLOCK_SIZE
 from model.ops.cpu.library import Library, library
-from model.runner import ModelRunner, load_runner, usable_cores
+from model.runner import ModelRunner, load_runner
 
 BOUND = 2.5
 PROMPT = 128
+COMPUTE = """
+import ctypes, signal
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process, however that ends
+while True: pass
+"""
 BLOCKS_A_ROW = 16
 
 
@@ -55,7 +61,7 @@ class Neighbour:
 @contextmanager
 def neighbour() -> Iterator[Neighbour]:
     """A session has a scheduling group of its own, which gets as much of a core as all threads of this one."""
-    process = subprocess.Popen(["sh", "-c", "while :; do :; done"], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", COMPUTE], start_new_session=True)
     try:
         own = Path("/proc/self/autogroup")  # "/autogroup-12 nice 0"
         if own.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from array import array
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, SamplingParams, ScheduledRow
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, load_config
+from model.cores import usable_cores
 from model.deepseek import DeepseekForCausalLM
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
@@ -60,6 +60,7 @@ class ModelRunner:
         self.dtype = str(cache.data.dtype).removeprefix("torch.")
         self.ops = model.ops.name
         self.quantization = model.ops.quantization
+        self.instruction_set = model.ops.instruction_set if isinstance(model.ops, CpuOps) else None
         self._rows = rows
 
     @torch.inference_mode()
@@ -194,21 +195,17 @@ def load_runner(
         torch.set_num_threads(1)  # its threads would spin on the cores of the kernels' own
     runner.warm_up(max_num_batched_tokens)
     logger.info(
-        "%s in %s on %s: %s of weights, %s of latent cache (%d blocks of %d tokens), at most %d tokens a request",
-        *(config.model_type, weights_in(dtype, quantization), torch_device, in_gib(runner.weight_bytes)),
-        *(in_gib(cache.block_bytes * size.num_blocks), size.num_blocks, BLOCK_SIZE, size.max_model_len),
+        "%s in %s on %s by the %s operations: %s of weights, "
+        "%s of latent cache (%d blocks of %d tokens), at most %d tokens a request",
+        *(config.model_type, weights_in(dtype, quantization), torch_device, _described(runner)),
+        *(in_gib(runner.weight_bytes), in_gib(cache.block_bytes * size.num_blocks), size.num_blocks, BLOCK_SIZE),
+        size.max_model_len,
     )
     return runner
 
 
-def usable_cores() -> int:
-    """Cores this process may run on at once: its affinity, or less where a container's CPU quota says so."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+def _described(runner: ModelRunner) -> str:
+    return runner.ops if runner.instruction_set is None else f"{runner.ops} ({runner.instruction_set})"
 
 
 def _choose_device(device: str) -> torch.device:

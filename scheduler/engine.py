@@ -91,6 +91,8 @@ class Runner(Protocol):
     def quantization(self) -> str: ...
     @property
     def ops(self) -> str: ...
+    @property
+    def instruction_set(self) -> str | None: ...
 
     def execute(self, batch: ForwardBatch) -> SampledTokens: ...
 
@@ -502,6 +504,7 @@ def _describe(config: EngineConfig, runner: Runner, load_seconds: float) -> Engi
         dtype=runner.dtype,
         quantization=runner.quantization,
         ops=runner.ops,
+        instruction_set=runner.instruction_set,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         load_seconds=load_seconds,

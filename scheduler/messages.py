@@ -141,6 +141,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Of the weights: `none`, `int8`, `int4`."""
     ops: str
     """Implementation of the operations: `eager`, `cpu`, `cuda`."""
+    instruction_set: str | None
+    """That the CPU kernels use, such as `avx512_bf16`; None where others compute."""
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float

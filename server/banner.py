@@ -28,12 +28,13 @@ def ready_text(
     tokens = ready.num_blocks * ready.block_size
     weights = ready.dtype if ready.quantization == "none" else f"{ready.quantization} and {ready.dtype}"
     url = base_url(settings.host, listener.getsockname()[1])
+    instructions = "" if ready.instruction_set is None else f" ({ready.instruction_set})"
     lines = [
         f"latentd {version('latentd')} serves {name} at {url}/v1 (ready after {seconds:.1f} s)",
         f"  model   {ready.model_type}, {format_count(config.num_parameters())} parameters, "
         f"{format_count(config.num_active_parameters())} active a token; "
         f"{format_size(ready.weight_bytes)} in {weights}",
-        f"  runs    on {ready.device} with the {ready.ops} operations; "
+        f"  runs    on {ready.device} with the {ready.ops} operations{instructions}; "
         f"{ready.max_num_seqs} requests at a time, {ready.max_num_batched_tokens} tokens a step",
         f"  cache   {ready.num_blocks:,} blocks of {ready.block_size} = {tokens:,} tokens, "
         f"{format_size(tokens * ready.cache_bytes_per_token)}; longest request {ready.max_model_len:,} tokens",

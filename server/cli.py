@@ -1,4 +1,4 @@
-"""The `latentd` command: `serve`, `inspect`, `version`.
+"""The `latentd` command: `serve`, `inspect`, `doctor`, `version`.
 
 Exit codes: 0 done, 1 the machine was in the way (port in use, engine lost while loading), 2 the operator must change
 something (an option, the checkpoint). Every error is one line on stderr.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _serve(arguments)
             case "inspect":
                 return _inspect(arguments)
+            case "doctor":
+                return _doctor()
             case _:
                 print(f"latentd {version('latentd')}")
                 return 0
@@ -78,6 +81,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     report = inspect_checkpoint(arguments.model_dir, device_memory)
     print(json.dumps(asdict(report), indent=2) if arguments.json else report.text())
     return 0
+
+
+def _doctor() -> int:
+    """By a process of its own, since it loads torch. `-P`: a `model` folder in the working directory is not ours."""
+    return int(subprocess.run((sys.executable, "-P", "-m", "model.doctor")).returncode != 0)
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -133,8 +141,17 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
     inspect.add_argument("--json", action="store_true", help="Print one JSON object.")
     inspect.add_argument("--device-memory", metavar="SIZE", help="Memory to plan for: 80GiB. Default: this machine's.")
 
+    doctor = added.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        exit_on_error=False,
+        help="say what this machine has for latentd, and what is amiss",
+        description="Prints versions, processor, compiled kernels, GPU, memory and limits, one line each. Exit code 1 "
+        "where something is amiss.",
+    )
+
     show_version = added.add_parser("version", allow_abbrev=False, exit_on_error=False, help="print the version")
-    return parser, {"serve": serve, "inspect": inspect, "version": show_version}
+    return parser, {"serve": serve, "inspect": inspect, "doctor": doctor, "version": show_version}
 
 
 def _unknown_argument(argument: str, parser: argparse.ArgumentParser) -> str:

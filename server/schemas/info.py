@@ -24,6 +24,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of the weights: `none`, `int8` or `int4`."""
     ops: str
     """Implementation of the operations."""
+    instruction_set: str | None
+    """That the CPU kernels use; null where others compute."""
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float

@@ -53,6 +53,7 @@ class FakeRunner:
     dtype = "none"
     quantization = "none"
     ops = "fake"
+    instruction_set = None
 
     def __init__(self, config: EngineConfig, args: argparse.Namespace) -> None:
         if args.load_error:

@@ -65,6 +65,7 @@ FROM_ENGINE: list[FromEngine] = [
         dtype="float32",
         quantization="none",
         ops="eager",
+        instruction_set=None,
         max_num_seqs=1,
         max_num_batched_tokens=1,
         load_seconds=0.5,

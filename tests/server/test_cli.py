@@ -87,6 +87,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"latentd {version('latentd')}\n"
 
 
+def test_doctor_ends_as_what_it_finds(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Also in a folder with packages that are called like ours."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/__init__.py").write_text("raise ImportError", encoding="utf-8")
+    with contextlib.chdir(tmp_path):
+        code = main(["doctor"])
+    lines = capfd.readouterr().out.splitlines()
+    assert f"latentd       {version('latentd')}" in lines[0]
+    assert {line.split()[0] for line in lines} <= {"ok", "AMISS"}
+    assert code == any(line.startswith("AMISS") for line in lines)
+
+
 def test_print_config_is_a_config_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

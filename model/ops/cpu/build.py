@@ -46,8 +46,9 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler found" + (f": CXX={named[0]}" if named else ""))
 
 
-def build(library: Path = LIBRARY) -> None:
-    command = compiler()
+def build(library: Path = LIBRARY, flags: tuple[str, ...] = ()) -> None:
+    """flags: more of the compiler's, such as a sanitizer."""
+    command = [*compiler(), *FLAGS, *flags]
     started = _newest_source()
     isas = {**(X86_64 if platform.machine() in ("x86_64", "AMD64") else {}), "portable": ()}
     isas = {name: flags for name, flags in isas.items() if _knows(command, flags)}
@@ -62,13 +63,13 @@ def build(library: Path = LIBRARY) -> None:
         def compile_unit(name: str) -> str:
             source, *flags = units[name]
             target = f"{folder}/{name}.o"
-            _run([*command, *FLAGS, *flags, "-c", str(SOURCES / source), "-o", target])
+            _run([*command, *flags, "-c", str(SOURCES / source), "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         linked = Path(folder, library.name)
-        _run([*command, "-shared", "-pthread", *objects, "-o", str(linked)])
+        _run([*command, "-shared", *objects, "-o", str(linked)])
         # As old as what it was made of: a source that is saved while the compiler runs makes it stale.
         os.utime(linked, (started, started))
         linked.replace(library)

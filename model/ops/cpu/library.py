@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.cpu.build import LIBRARY
+from model.ops.cpu.build import LIBRARY, X86_64
 
 ABI = 1
 """LATENTD_ABI of the library that this file describes."""
+
+ISAS = (*X86_64, "portable")
+"""Instruction sets, the best first."""
 
 logger = logging.getLogger(__name__)
 
@@ -268,17 +271,24 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def load() -> Library:
+    """OSError, whose text is the reason, where there are no kernels to be used."""
+    if not LIBRARY.exists():
+        raise OSError("they were not compiled when latentd was installed")
+    try:
+        loaded = Library(LIBRARY)
+    except AttributeError as error:
+        raise OSError(str(error)) from None
+    if loaded.abi != ABI:
+        raise OSError(f"{LIBRARY} is of another version (ABI {loaded.abi}, not {ABI})")
+    return loaded
+
+
 @cache
 def library() -> Library | None:
     """None, and one line in the log, where there are no kernels to be used."""
-    reason = "they were not compiled when latentd was installed"
-    if LIBRARY.exists():
-        try:
-            loaded = Library(LIBRARY)
-            if loaded.abi == ABI:
-                return loaded
-            reason = f"{LIBRARY} is of another version (ABI {loaded.abi}, not {ABI})"
-        except (OSError, AttributeError) as error:
-            reason = str(error)
-    logger.warning("no CPU kernels, torch computes instead, several times slower: %s", reason)
-    return None
+    try:
+        return load()
+    except OSError as error:
+        logger.warning("no CPU kernels, torch computes instead, several times slower: %s", error)
+        return None

@@ -54,6 +54,10 @@ class CpuOps:
     def packing(self) -> str:
         return f"{self.quantization} {self._library.digest}"
 
+    @property
+    def instruction_set(self) -> str:
+        return self._library.isa
+
     def pack(self, weight: Tensor, precise: bool = False) -> PackedWeight:
         return self._packed(weight[None], Format.INT8 if precise and self._format is Format.INT4 else self._format)
 

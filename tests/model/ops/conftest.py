@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from model.ops.cpu import library as binding
-from model.ops.cpu.library import Library
+from model.ops.cpu.library import ISAS, Library
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", type=Path, help="another library of the kernels than the installed one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    binding.LIBRARY = config.getoption("--kernels", None) or binding.LIBRARY
 
 
 @pytest.fixture(params=ISAS)

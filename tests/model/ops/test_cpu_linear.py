@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from model.ops.cpu import library as binding
-from model.ops.cpu.library import Format, Library
-from tests.model.ops.conftest import ISAS
+from model.ops.cpu.library import ISAS, Format, Library
 
 GROUP, PANEL = 32, 64
 SHAPES = [

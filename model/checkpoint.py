@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,10 +31,11 @@ MAX_TENSORS = 1 << 18
 """Bounds of one file's header (Kimi-K2 in a single file would have 70,000 tensors in 11 MB)."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types a weight may have, by safetensors' names; tensors of one checkpoint may differ."""
+FP8 = "F8_E4M3"
+"""A type that a matrix may have beside those: its numbers need scales."""
 _ITEMSIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _ITEMSIZES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _QUANTIZED = {
-    "weight_scale_inv": "fp8 block",
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
     "weight_packed": "compressed-tensors",
@@ -59,10 +60,12 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """safetensors' name: `F32`, `F16` or `BF16`."""
+    """safetensors' name: `F32`, `F16`, `BF16` or `F8_E4M3`."""
     file: Path
     start: int
     end: int
+    scale: TensorInfo | None = None
+    """Of `F8_E4M3`: what the blocks are multiplied with, `F32` or `F8_E8M0`."""
 
     @property
     def nbytes(self) -> int:
@@ -84,16 +87,18 @@ class Checkpoint:
 
     @property
     def file_dtype(self) -> str:
-        """The type most of the bytes have: `float32`, `float16` or `bfloat16`."""
+        """The type most of the bytes have: `float32`, `float16`, `bfloat16` or `float8_e4m3fn`."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += tensor.nbytes
-        return DTYPES[sizes.most_common(1)[0][0]]
+        return (DTYPES | {FP8: "float8_e4m3fn"})[sizes.most_common(1)[0][0]]
 
     @property
     def file_stamps(self) -> list[tuple[str, int, int]]:
         """Name, size and time of change of each weight file: what an edit within a tensor changes."""
-        stats = [(file.name, file.stat()) for file in self.by_file()]
+        scales = [tensor.scale for tensor in self.tensors.values() if tensor.scale is not None]
+        files = sorted({tensor.file for tensor in (*self.tensors.values(), *scales)})
+        stats = [(file.name, file.stat()) for file in files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def by_file(self) -> dict[Path, list[TensorInfo]]:
@@ -245,7 +250,9 @@ def _select(model_dir: Path, config: DeepseekConfig, found: dict[str, TensorInfo
     """The tensors the config asks for, out of those found; CheckpointError unless the two sets agree."""
     stacked = any(_is_stacked_expert(name) for name in found)
     expected = _stacked(config) if stacked else expected_tensors(config)
-    unknown = [name for name in found if name not in expected and not _is_ignored(name, config)]
+    scales = {_scale_name(name): name for name in expected if name in found and found[name].dtype == FP8}
+    known = expected.keys() | scales.keys()
+    unknown = [name for name in found if name not in known and not _is_ignored(name, config)]
     for name in unknown:
         if form := _QUANTIZED.get(name.rpartition(".")[2]):
             raise CheckpointError(f"{found[name].file}: tensor {name}: {form} quantised weights are not supported yet")
@@ -255,18 +262,45 @@ def _select(model_dir: Path, config: DeepseekConfig, found: dict[str, TensorInfo
         raise CheckpointError(f"{found[unknown[0]].file}: unknown tensor{_listed(unknown)}")
     for name, shape in expected.items():
         tensor = found[name]
-        if tensor.dtype not in DTYPES:
-            hint = "fp8 weights are not supported yet" if tensor.dtype.startswith("F8") else "must be F32, F16 or BF16"
-            raise CheckpointError(f"{tensor.file}: tensor {name}: dtype {tensor.dtype}: {hint}")
+        if tensor.dtype not in (*DTYPES, FP8):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name}: dtype {tensor.dtype}: must be F32, F16, BF16 or, with scales, {FP8}"
+            )
         if tensor.shape != shape:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name}: shape {list(tensor.shape)}, but config.json implies {list(shape)}"
             )
     if config.tie_word_embeddings and "lm_head.weight" in found:
         _compare_tied(found["model.embed_tokens.weight"], found["lm_head.weight"])
+    for name in scales.values():
+        found[name] = replace(found[name], scale=_scale_of(config, found[name], found))
     if stacked:
         found |= _experts_of(config, found)
     return {name: found[name] for name in expected_tensors(config)}
+
+
+def _scale_name(name: str) -> str:
+    """`X.weight` has `X.weight_scale_inv` beside it, which is multiplied with in spite of its name."""
+    return name + "_scale_inv"
+
+
+def _scale_of(config: DeepseekConfig, weight: TensorInfo, found: dict[str, TensorInfo]) -> TensorInfo:
+    """The scales of an fp8 weight, which may lie in another file."""
+    fp8 = f"{weight.file}: tensor {weight.name}: dtype {FP8}"
+    if config.fp8_block is None:
+        raise CheckpointError(f"{fp8}, but config.json has no quantization_config with a weight_block_size")
+    if len(weight.shape) != 2:
+        raise CheckpointError(f"{fp8}: only matrices may be fp8")
+    if _scale_name(weight.name) not in found:
+        raise CheckpointError(f"{fp8}, but tensor {_scale_name(weight.name)} is missing")
+    scale = found[_scale_name(weight.name)]
+    shape = tuple(-(-size // block) for size, block in zip(weight.shape, config.fp8_block, strict=True))
+    if scale.dtype not in ("F32", "F8_E8M0") or scale.shape != shape:
+        raise CheckpointError(
+            f"{scale.file}: tensor {scale.name}: {scale.dtype} {list(scale.shape)}, but it must be F32 or F8_E8M0 and "
+            f"{list(shape)}, a scale for each block of {list(config.fp8_block)}"
+        )
+    return scale
 
 
 def _is_stacked_expert(name: str) -> bool:

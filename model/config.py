@@ -98,6 +98,8 @@ class DeepseekConfig:
     bos_token_id: int | None
     dtype: str | None
     """What the file says of itself; advisory, the tensors are trusted."""
+    fp8_block: tuple[int, int] | None = None
+    """Rows and columns of the blocks that share a scale, where weights may be fp8."""
 
     @property
     def qk_head_dim(self) -> int:
@@ -198,6 +200,7 @@ def load_config(model_dir: Path) -> DeepseekConfig:
         eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
         bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab_size)), None),
         dtype=fields.text(fields.first_of("dtype", "torch_dtype"), None),
+        fp8_block=_read_fp8_block(fields),
         **_read_moe(fields, num_hidden_layers, is_v3),
     )
 
@@ -283,12 +286,6 @@ def _refuse_unsupported(fields: Fields) -> None:
     architectures = values.get("architectures") or [ARCHITECTURES[0]]
     if not isinstance(architectures, list) or architectures[0] not in ARCHITECTURES:
         raise fields.fail("architectures", f"{shown(architectures)} is not one of {', '.join(ARCHITECTURES)}")
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise fields.fail(
-            "quantization_config", f"quantised weights are not supported yet (quant_method {shown(method)})"
-        )
     if values.get("index_topk") is not None:
         raise fields.fail("index_topk", "sparse attention (DeepSeek-V3.2) is not supported")
     if not fields.flag("use_mla", True):
@@ -299,6 +296,26 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.fail("rope_interleave", "false (weights in half layout) is not supported")
     if (activation := fields.text("hidden_act", "silu")) != "silu":
         raise fields.fail("hidden_act", f"must be silu, not {shown(activation)}")
+
+
+def _read_fp8_block(fields: Fields) -> tuple[int, int] | None:
+    """`quantization_config` as DeepSeek-V3 and its descendants have it. How they quantise activations is their way to
+    be fast; the weights are the same without."""
+    values = fields.values.get("quantization_config")
+    if values is None:
+        return None
+    method = values.get("quant_method") if isinstance(values, dict) else values
+    if method != "fp8":
+        raise fields.fail(
+            "quantization_config", f"weights quantised so are not supported (quant_method {shown(method)})"
+        )
+    quantization = Fields(fields.file, values, "quantization_config.")
+    if (fmt := quantization.text("fmt", "e4m3")) != "e4m3":
+        raise quantization.fail("fmt", f"{shown(fmt)} is not supported (only e4m3)")
+    block = values.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n <= 1 << 16 for n in block):
+        raise quantization.fail("weight_block_size", f"must be rows and columns of a block, not {shown(block)}")
+    return block[0], block[1]
 
 
 def _read_moe(fields: Fields, num_hidden_layers: int, is_v3: bool) -> dict[str, Any]:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import Checkpoint, TensorInfo
+from model.checkpoint import FP8, Checkpoint, TensorInfo
 from model.config import CheckpointError
 from model.ops.interface import LinearWeight
+from model.quantization import apply_scales
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, FP8: torch.float8_e4m3fn}
 _PIECE_BYTES = 2 << 20
 _AHEAD_BYTES = 64 << 20
 """What the disk is asked for while the tensors before it are packed."""
@@ -65,14 +66,16 @@ class CheckpointWeights(AbstractContextManager["CheckpointWeights"]):
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor by the hub's name, the caller's own, in `dtype` or else the run dtype.
 
-        Raises CheckpointError for a norm weight or bias that is not finite and for a file that has shrunk since its
-        header was read.
+        Raises CheckpointError for a norm weight, bias or scale that is not finite and for a file that has shrunk since
+        its header was read.
         """
         tensor = self._checkpoint.tensors[name]
         if tensor.file not in self._files:
             self._files[tensor.file] = _open(tensor.file)
         target = torch.empty(tensor.shape, dtype=dtype or self._dtype, device=self._device)
         _fill(target, self._files[tensor.file], tensor, self._buffer)
+        if tensor.scale is not None and self._checkpoint.config.fp8_block is not None:
+            apply_scales(target, tensor.scale, self._checkpoint.config.fp8_block)
         self._progress.add(tensor.nbytes)
         return target
 

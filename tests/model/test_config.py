@@ -194,7 +194,17 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("architectures", "v2", {"architectures": "DeepseekV2ForCausalLM"}),
     ("language_config", "v2", {"language_config": {"model_type": "deepseek_v2"}}),
     ("index_topk", "v3", {"index_topk": 2048}),
-    ("quantization_config", "v3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}),
+    ("quantization_config.weight_block_size", "v3", {"quantization_config": {"quant_method": "fp8"}}),
+    (
+        "quantization_config.weight_block_size",
+        "v3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}},
+    ),
+    (
+        "quantization_config.fmt",
+        "v3",
+        {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}},
+    ),
     ("quantization_config", "v2", {"quantization_config": {"quant_method": "awq"}}),
     ("use_mla", "v2", {"use_mla": False}),
     ("mlp_bias", "v2", {"mlp_bias": True}),

@@ -93,7 +93,10 @@ class ScheduledRow:
     new_blocks: list[int] = field(default_factory=list)
     """Block ids appended to the row's block table before the step runs."""
     sample: bool = False
-    """The last token is the newest one known, so its logits choose the next token."""
+    """The newest token known is among them, so its logits choose the next token."""
+    drafts: list[int] = field(default_factory=list)
+    """Guesses at the tokens behind the newest one, the last of `num_tokens`; only with `sample`, and never under a
+    grammar. Each is accepted if the ones before it are and it is what sampling in its place gives."""
 
 
 @dataclass(slots=True)
@@ -111,6 +114,23 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
 
+    @property
+    def sampled_rows(self) -> list[int]:
+        """The row of each place that is sampled, in order: one behind the newest token, one behind each draft."""
+        return [row.row for row in self.rows if row.sample for _ in range(1 + len(row.drafts))]
+
+    def accepted(self, token_ids: list[int]) -> list[int]:
+        """Which of the tokens sampled in those places count: a row's first, and each whose draft was the one before."""
+        accepted: list[int] = []
+        first = 0
+        for row in self.rows:
+            if row.sample:
+                places = range(first, first + 1 + len(row.drafts))
+                wrong = (i for i, draft in zip(places, row.drafts, strict=False) if token_ids[i] != draft)
+                accepted += range(first, next(wrong, places[-1]) + 1)
+                first = places.stop
+        return accepted
+
 
 @dataclass(slots=True)
 class SampledTokens:
@@ -118,9 +138,9 @@ class SampledTokens:
 
     step: int
     rows: list[int]
-    """Rows of the batch with `sample`, in batch order."""
+    """Rows of the batch with `sample`, in batch order; each once for every draft accepted and once more."""
     token_ids: list[int]
-    """-1 where the row's logits were not finite: the request ends with an error."""
+    """-1, the last of its row, where the row's logits were not finite: the request ends with an error."""
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     """By row, for rows that asked for them."""
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)

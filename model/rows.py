@@ -77,6 +77,8 @@ class Rows:
         for scheduled in batch.rows:
             if scheduled.new_blocks:
                 self._append_blocks(scheduled.row, scheduled.new_blocks)
+            if scheduled.drafts:
+                self._place_drafts(scheduled)
 
     def step_inputs(self, batch: ForwardBatch, device: torch.device) -> StepInputs:
         """Gather the T tokens of `batch`, already applied by `update`, with no Python work per token."""
@@ -84,13 +86,15 @@ class Rows:
         start = np.array([scheduled.start for scheduled in batch.rows], np.int64)
         length = np.array([scheduled.num_tokens for scheduled in batch.rows], np.int64)
         sampled = np.array([scheduled.sample for scheduled in batch.rows], np.bool_)
+        drafts = np.array([len(scheduled.drafts) for scheduled in batch.rows], np.int64)
         end = start + length
         num_blocks = self._num_blocks[rows]
         if (
             (length < 1).any()
-            or (end > self._num_tokens[rows]).any()
+            or (end - drafts > self._num_tokens[rows]).any()
             or (end > num_blocks * BLOCK_SIZE).any()
-            or (sampled & (end != self._num_tokens[rows])).any()
+            or (sampled & (end - drafts != self._num_tokens[rows])).any()
+            or (drafts[~sampled] > 0).any()
         ):
             raise ValueError(f"step {batch.step} schedules tokens or blocks its rows do not have")
         query_start = np.zeros(len(rows) + 1, np.int64)
@@ -98,6 +102,8 @@ class Rows:
         token_rows = np.repeat(rows, length)
         positions = np.arange(query_start[-1]) + np.repeat(start - query_start[:-1], length)
         blocks = self._blocks[token_rows, positions // BLOCK_SIZE].astype(np.int64)
+        places = np.array(batch.sampled_rows, np.int64)
+        newest = (query_start[1:] - 1 - drafts)[sampled]
         return StepInputs(
             token_ids=torch.from_numpy(self._tokens[token_rows, positions].astype(np.int64)).to(device),
             positions=torch.from_numpy(positions).to(device),
@@ -105,7 +111,7 @@ class Rows:
             query_start=query_start.tolist(),
             context_lens=end.tolist(),
             block_tables=torch.from_numpy(self._blocks[rows, : num_blocks.max()]).to(device),
-            sample_index=torch.from_numpy(query_start[1:][sampled] - 1).to(device),
+            sample_index=torch.from_numpy(np.repeat(newest, 1 + drafts[sampled]) + _times_before(places)).to(device),
         )
 
     def params(self, row: int) -> SamplingParams:
@@ -120,33 +126,41 @@ class Rows:
         return tokens
 
     def sampling_inputs(self, sampled: Sequence[int], bitmasks: Mapping[int, bytes] | None = None) -> SamplingInputs:
-        """Parameters of the rows that sample, in the order given; `bitmasks` by row, of those under a grammar."""
+        """Parameters of the rows that sample, in the order given; `bitmasks` by row, of those under a grammar.
+
+        A row that comes again samples behind its drafts, one more each time, as if those were its newest tokens.
+        """
         bitmasks = bitmasks or {}
         rows = np.array(sampled, np.int64)
+        lengths = self._num_tokens[rows] + _times_before(rows)
         return SamplingInputs(
             temperature=self._temperature[rows],
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
             seed=self._seed[rows],
-            position=self._num_tokens[rows],
-            penalties=[self._penalties(sampled[i], i) for i in np.flatnonzero(self._penalised[rows]).tolist()],
+            position=lengths,
+            penalties=[
+                self._penalties(sampled[i], i, int(lengths[i])) for i in np.flatnonzero(self._penalised[rows]).tolist()
+            ],
             limits=[
-                self._limits_of(row, index, bitmasks.get(row))
+                self._limits_of(row, index, int(lengths[index]), bitmasks.get(row))
                 for index, row in enumerate(sampled)
                 if self._limits[row] is not None or row in bitmasks
             ],
         )
 
     def append(self, sampled: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Add each sampled row's new token. A request whose logits were not finite (-1) is about to end: it gets
-        id 0, so that a step planned before that was known still runs. A full row takes no more."""
+        """Add each sampled row's new tokens, where its drafts were. A request whose logits were not finite (-1) is
+        about to end: it gets id 0, so that a step planned before that was known still runs. A full row takes no more.
+        """
         rows = np.array(sampled, np.int64)
         tokens = np.maximum(np.array(token_ids, np.int32), 0)
-        room = self._num_tokens[rows] < self._tokens.shape[1]
-        rows, tokens = rows[room], tokens[room]
-        self._tokens[rows, self._num_tokens[rows]] = tokens
-        self._num_tokens[rows] += 1
+        places = self._num_tokens[rows] + _times_before(rows)
+        room = places < self._tokens.shape[1]
+        rows, tokens, places = rows[room], tokens[room], places[room]
+        self._tokens[rows, places] = tokens
+        self._num_tokens[rows] = places + 1
 
     def _bind(self, new: NewRow) -> None:
         row, params, tokens = new.row, new.params, np.frombuffer(new.tokens, np.uint32)
@@ -189,22 +203,36 @@ class Rows:
         self._blocks[row, first : first + len(blocks)] = blocks
         self._num_blocks[row] = first + len(blocks)
 
-    def _penalties(self, row: int, index: int) -> Penalties:
+    def _place_drafts(self, scheduled: ScheduledRow) -> None:
+        """Behind the row's tokens, of which they become part only as far as they are sampled."""
+        first = int(self._num_tokens[scheduled.row])
+        if first + len(scheduled.drafts) > self._tokens.shape[1]:
+            raise ValueError(f"row {scheduled.row} cannot hold {len(scheduled.drafts)} drafts")
+        self._tokens[scheduled.row, first : first + len(scheduled.drafts)] = scheduled.drafts
+
+    def _penalties(self, row: int, index: int, num_tokens: int) -> Penalties:
         params = self.params(row)
         return Penalties(
             index=index,
-            tokens=self._tokens[row, : self._num_tokens[row]],
+            tokens=self._tokens[row, :num_tokens],
             num_prompt_tokens=int(self._num_prompt_tokens[row]),
             repetition=params.repetition_penalty,
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
         )
 
-    def _limits_of(self, row: int, index: int, bitmask: bytes | None) -> Limits:
+    def _limits_of(self, row: int, index: int, num_tokens: int, bitmask: bytes | None) -> Limits:
         limits = self._limits[row]
         if limits is None:
             none = np.empty(0, np.int64)
             return Limits(index, bitmask, allowed=none, banned=none, biased=none, bias=np.empty(0, np.float32))
-        output = self._tokens[row, self._num_prompt_tokens[row] : self._num_tokens[row]]
+        output = self._tokens[row, self._num_prompt_tokens[row] : num_tokens]
         banned = np.array(limits.banned_after(output), np.int64)
         return Limits(index, bitmask, limits.allowed, banned, limits.biased, limits.bias)
+
+
+def _times_before(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each of `rows`, the same ones beside each other, has come before: 5 5 5 2 7 7 -> 0 1 2 0 0 1."""
+    places = np.arange(len(rows))
+    begins = np.diff(rows, prepend=-1) != 0
+    return places - np.maximum.accumulate(np.where(begins, places, 0))

@@ -69,29 +69,36 @@ class ModelRunner:
 
         Raises ValueError, having computed nothing, where the batch contradicts what the rows hold.
         """
-        outcome = SampledTokens(batch.step, [scheduled.row for scheduled in batch.rows if scheduled.sample], [])
+        outcome = SampledTokens(batch.step, [], [])
         inputs = self.prepare(batch)
         hidden = self.model(inputs, self.cache)
         outcome.prompt_logprobs = self._prompt_logprobs(batch, inputs, hidden)
-        if outcome.rows:
+        rows = batch.sampled_rows
+        if rows:
             logits = self.model.logits(hidden[inputs.sample_index])
-            asking = [i for i, row in enumerate(outcome.rows) if self._rows.params(row).logprobs is not None]
+            asking = [i for i, row in enumerate(rows) if self._rows.params(row).logprobs is not None]
             raw = logits[asking] if asking else logits  # a copy: sampling overwrites
-            outcome.token_ids = sample(logits, self._rows.sampling_inputs(outcome.rows, batch.grammar_bitmasks))
+            token_ids = sample(logits, self._rows.sampling_inputs(rows, batch.grammar_bitmasks))
+            accepted = batch.accepted(token_ids)
+            outcome.rows = [rows[i] for i in accepted]
+            outcome.token_ids = [token_ids[i] for i in accepted]
             if asking:
-                outcome.logprobs = self._logprobs(outcome, asking, raw)
+                kept = set(accepted)
+                asked = [place for place, i in enumerate(asking) if i in kept]
+                places = [asking[place] for place in asked]
+                outcome.logprobs = self._logprobs([rows[i] for i in places], [token_ids[i] for i in places], raw[asked])
             self._rows.append(outcome.rows, outcome.token_ids)
         return outcome
 
-    def _logprobs(self, outcome: SampledTokens, asking: list[int], raw: torch.Tensor) -> dict[int, Logprobs]:
-        """Of the sampled tokens of the rows `asking` (indices into `outcome.rows`), whose logits are `raw`."""
-        token_ids = [max(outcome.token_ids[i], 0) for i in asking]
-        num_top = [self._rows.params(outcome.rows[i]).logprobs or 0 for i in asking]
-        columns: dict[int, Logprobs] = {}
-        for first in range(0, len(asking), SLICE_ROWS):
+    def _logprobs(self, rows: list[int], token_ids: list[int], raw: torch.Tensor) -> dict[int, Logprobs]:
+        """By row, of its sampled tokens; `raw` are the logits of each."""
+        num_top = [self._rows.params(row).logprobs or 0 for row in rows]
+        columns = {row: Logprobs([], []) for row in rows}
+        for first in range(0, len(rows), SLICE_ROWS):
             part = slice(first, first + SLICE_ROWS)
-            for i, entry in zip(asking[part], logprobs_of(raw[part], token_ids[part], num_top[part]), strict=True):
-                columns[outcome.rows[i]] = as_column([entry])
+            chosen = [max(token_id, 0) for token_id in token_ids[part]]
+            for row, entry in zip(rows[part], logprobs_of(raw[part], chosen, num_top[part]), strict=True):
+                columns[row].extend(as_column([entry]))
         return columns
 
     def _prompt_logprobs(self, batch: ForwardBatch, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, Logprobs]:

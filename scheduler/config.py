@@ -27,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory: int | None = None
     """Size of the latent pool in bytes; None takes it from the free memory."""
     prefix_cache: bool = True
+    speculative: str = "off"
+    """`off`, or `ngram`: draft tokens by prompt lookup."""
     log_level: str = "info"
     num_threads: int | None = None
     """Threads of the CPU worker; None takes the cores this process may use."""

@@ -486,6 +486,7 @@ def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
         eos_token_ids=runner.eos_token_ids,
         prefix_cache=config.prefix_cache,
         fingerprint=runner.fingerprint,
+        speculative=config.speculative == "ngram",
     )
 
 

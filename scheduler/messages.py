@@ -119,6 +119,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of the last step."""
     step_seconds: float = 0.0
     """Duration of the last step."""
+    num_drafts: int = 0
+    """Times that a request's step had draft tokens, total."""
+    draft_tokens: int = 0
+    """Draft tokens computed, total."""
+    accepted_tokens: int = 0
+    """Those that were right, total."""
     unknown_ids: int = 0
 
 

@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from model.batch import SamplingParams
+from scheduler.ngram import NgramDrafter
 
 
 class RequestStatus(enum.Enum):
@@ -41,6 +42,8 @@ class Request:
     block_hashes: list[bytes]
     """Of the full blocks of `tokens`: all of the prompt's, the output's as they fill up."""
     has_grammar: bool = False
+    drafter: NgramDrafter | None = None
+    """Where drafts come from, for a request that has any."""
     progress: bool = False
     """Say after each step how much of the prompt is computed, until the first token."""
     arrived_at: float = 0.0
@@ -58,6 +61,8 @@ class Request:
     """Most of the prompt that was ever computed or found: what a resumed request computes again counts once."""
     num_prompt_logprobs: int = 0
     """Prompt tokens, from the second on, whose log-probabilities were delivered, where they were asked for."""
+    drafts: list[int] = field(default_factory=list)
+    """Guesses at what follows `tokens`: for the next step, or, where a step is in flight, those it computes."""
     num_registered_blocks: int = 0
     """Leading blocks of `block_table` that were offered to the prefix index, or came from it."""
     block_table: list[int] = field(default_factory=list)

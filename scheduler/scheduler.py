@@ -6,6 +6,11 @@ output) and `num_computed_tokens`; every step hands out a budget of tokens so th
 with the first. Decode, chunked prefill, prefix hits and resumed preemptions are the same arithmetic,
 and it stands in one place, `Scheduler._assign`. (The rule is vLLM v1's.)
 
+**Drafts.** With `speculative`, guesses at the tokens that follow are computed beside a request's newest token: as far
+as they were right, one step gives several tokens. They get what is left of the budget when everybody has had his due,
+and no block: they end with the request's last one, so that what was wrong leaves nothing behind but latents that the
+right tokens overwrite. Until it is known how many were right the request is not scheduled again.
+
 **Steps in flight.** `num_computed_tokens` advances when a step is scheduled, and a token that a step
 will sample counts at once, so the next step can be planned before this one's tokens are known. What a
 step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
@@ -34,6 +39,7 @@ from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, Scheduled
 from scheduler.block_hash import chain_hashes, root_hash
 from scheduler.block_pool import BlockPool, InvariantError
 from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason, Started
+from scheduler.ngram import NgramDrafter
 from scheduler.request import Request, RequestStatus
 from scheduler.request_queue import RequestQueue
 
@@ -73,10 +79,12 @@ class Scheduler:
         eos_token_ids: Collection[int],
         prefix_cache: bool,
         fingerprint: str,
+        speculative: bool = False,
         watermark_blocks: int | None = None,
     ) -> None:
         """`watermark_blocks`: free blocks that an admission leaves for running requests to grow into;
-        None takes 1 % of the pool, at least one. A request that would run alone may use them."""
+        None takes 1 % of the pool, at least one. A request that would run alone may use them.
+        `speculative`: draft tokens, except under a grammar, whose state follows known tokens alone."""
         if min(block_size, max_num_seqs, max_num_batched_tokens) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be at least 1")
         self.pool = pool
@@ -87,6 +95,7 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._prefix_cache = prefix_cache
         self._fingerprint = fingerprint
+        self._speculative = speculative
         self._watermark = max(1, pool.num_blocks // 100) if watermark_blocks is None else watermark_blocks
 
         self._requests: dict[str, Request] = {}
@@ -109,6 +118,9 @@ class Scheduler:
         self._num_steps = 0
         self._step_tokens = 0
         self._unknown_ids = 0
+        self._num_drafts = 0
+        self._draft_tokens = 0
+        self._accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -157,6 +169,7 @@ class Scheduler:
             root=root,
             block_hashes=chain_hashes(root, tokens, self.block_size) if self._prefix_cache else [],
             has_grammar=message.grammar is not None,
+            drafter=NgramDrafter(tokens) if self._speculative and message.grammar is None else None,
             progress=message.progress,
             arrived_at=now,
         )
@@ -226,6 +239,8 @@ class Scheduler:
         new_rows = self._admit(budget, rows, requests, now)
         if not rows:
             return None
+        if self._speculative:
+            self._add_drafts(rows, requests)
         batch = ForwardBatch(self._num_scheduled_steps, rows, new_rows, self._released_rows)
         self._num_scheduled_steps += 1
         self._released_rows = []
@@ -235,34 +250,43 @@ class Scheduler:
     def update(self, sampled: SampledTokens, now: float = 0.0) -> StepResult:
         """Process the outcome of the oldest step in flight. Raises ValueError if it is another step's."""
         batch, requests = self._steps[0] if self._steps else (None, [])
-        if batch is None or sampled.step != batch.step or sampled.rows != [r.row for r in batch.rows if r.sample]:
+        tokens_of: dict[int, list[int]] = {}
+        for number, token_id in zip(sampled.rows, sampled.token_ids, strict=True):
+            tokens_of.setdefault(number, []).append(token_id)
+        if batch is None or sampled.step != batch.step or list(tokens_of) != [r.row for r in batch.rows if r.sample]:
             raise ValueError(f"outcome of step {sampled.step} does not belong to {batch and batch.step}")
         self._steps.popleft()
         running, ended = RequestStatus.RUNNING, RequestStatus.FINISHED
         block_size = self.block_size
         result = StepResult()
-        token_ids = iter(sampled.token_ids)
         for row, request in zip(batch.rows, requests, strict=True):
             request.steps_in_flight -= 1
-            token_id = next(token_ids) if row.sample else None
+            token_ids = tokens_of.get(row.row, [])
+            if row.drafts:
+                self._settle_drafts(request, row, len(token_ids) - 1)
+            broken = token_ids[-1:] == [-1]
             prompt_logprobs = sampled.prompt_logprobs.get(row.row)
-            if token_id == -1 or (prompt_logprobs is not None and _has_nan(prompt_logprobs)):
+            if prompt_logprobs is not None and _has_nan(prompt_logprobs):
+                broken, token_ids = True, []
+            if broken:
                 # The latents may be as broken as the logits: no other request may meet them.
                 self.pool.forget(request.block_table)
-                if request.status is not ended:
-                    self._end(request, _NAN_LOGITS)
-            elif request.status is not ended:
-                end = row.start + row.num_tokens
-                if end // block_size > request.num_registered_blocks:
-                    self._register(request, end // block_size)
-                if row.start < request.num_prompt_tokens:
-                    self._advance(request, row, prompt_logprobs, result)
-                if token_id is not None:
-                    if (logprobs := sampled.logprobs.get(row.row)) is not None:
-                        result.logprobs[request.request_id] = logprobs
-                    self._append(request, token_id, result, now)
+            if request.status is not ended:
+                token_ids = _until_end(token_ids, request.stop_token_ids)
+                if token_ids:
+                    self._append(request, token_ids, sampled.logprobs.get(row.row), result, now)
+                if not broken:
+                    end = row.start + row.num_tokens - len(row.drafts) + max(len(token_ids) - 1, 0)
+                    if end // block_size > request.num_registered_blocks:
+                        self._register(request, end // block_size)
+                    if row.start < request.num_prompt_tokens:
+                        self._advance(request, row, prompt_logprobs, result)
+                if (finished := _end_of(request, token_ids, broken)) is not None:
+                    self._end(request, finished)
             if request.status is not running:
                 self._give_back(request)
+            elif request.drafter is not None:
+                self._make_drafts(request)
         self._num_steps += 1
         self._step_tokens = batch.num_tokens
         result.finished = self.take_finished()
@@ -285,13 +309,19 @@ class Scheduler:
             num_steps=self._num_steps,
             step_tokens=self._step_tokens,
             step_seconds=step_seconds,
+            num_drafts=self._num_drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
             unknown_ids=self._unknown_ids,
         )
 
     def _need(self, request: Request) -> int:
         """Tokens that a running request has and are not computed."""
-        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request.
-        return request.num_tokens - request.num_computed_tokens if request.num_tokens < request.max_num_tokens else 0
+        # The token that reaches the limit is sampled, perhaps still in flight, and ends the request. With drafts in
+        # flight it is open which token comes next.
+        if request.num_tokens >= request.max_num_tokens or (request.drafts and request.steps_in_flight):
+            return 0
+        return request.num_tokens - request.num_computed_tokens
 
     def _assign(self, request: Request, budget: int) -> ScheduledRow | None:
         """The one rule: let `num_computed_tokens` catch up with `num_tokens` within the budget.
@@ -317,6 +347,38 @@ class Scheduler:
         request.steps_in_flight += 1
         assert request.row is not None
         return ScheduledRow(request.row, start, num_tokens, new_blocks, sample)
+
+    def _add_drafts(self, rows: list[ScheduledRow], requests: list[Request]) -> None:
+        """Let drafts follow the newest tokens of a step's rows, oldest first, as far as the budget and blocks go."""
+        budget = self.max_num_batched_tokens - sum([row.num_tokens for row in rows])
+        for row, request in zip(rows, requests, strict=True):
+            if row.sample:
+                places = len(request.block_table) * self.block_size - request.num_computed_tokens
+                # All of them may be accepted, and one token is sampled behind them.
+                most = min(budget, places, request.max_num_tokens - request.num_tokens)
+                row.drafts = request.drafts = request.drafts[:most]
+                row.num_tokens += len(row.drafts)
+                budget -= len(row.drafts)
+
+    def _settle_drafts(self, request: Request, row: ScheduledRow, num_accepted: int) -> None:
+        """An accepted draft is a token of its request, and computed."""
+        request.num_tokens += num_accepted
+        if request.status is RequestStatus.RUNNING:
+            request.num_computed_tokens += num_accepted
+        self._num_drafts += 1
+        self._draft_tokens += len(row.drafts)
+        self._accepted_tokens += num_accepted
+        assert request.drafter is not None
+        request.drafter.observe(len(row.drafts), num_accepted)
+
+    def _make_drafts(self, request: Request) -> None:
+        """Guess what follows, if all tokens before it are known and computed but the newest."""
+        assert request.drafter is not None
+        if len(request.tokens) == request.num_tokens == request.num_computed_tokens + 1 > request.num_prompt_tokens:
+            request.drafts = request.drafter.propose()
+        else:
+            request.drafts = []
+            request.drafter.index()
 
     def _make_room(self, request: Request, count: int) -> list[int] | None:
         """Blocks for a running request, at the cost of newer ones; None if it has to wait, or was the newest itself."""
@@ -423,22 +485,23 @@ class Scheduler:
             request.num_prompt_logprobs += len(prompt_logprobs.token_ids)
             result.prompt_logprobs[request.request_id] = prompt_logprobs
 
-    def _append(self, request: Request, token_id: int, result: StepResult, now: float) -> None:
-        """Give a sampled token to its request, and see whether it was the last one."""
+    def _append(
+        self, request: Request, token_ids: list[int], logprobs: Logprobs | None, result: StepResult, now: float
+    ) -> None:
+        """Give sampled tokens, one or more, to their request."""
         if len(request.tokens) == request.num_prompt_tokens:
             result.started[request.request_id] = Started(
                 cached_tokens=request.num_cached_tokens or 0,
                 queue_seconds=request.scheduled_at - request.arrived_at,
                 prefill_seconds=now - request.scheduled_at,
             )
-        request.tokens.append(token_id)
+        count = len(token_ids)
+        request.tokens.extend(token_ids)
         result.request_ids.append(request.request_id)
-        result.token_ids.append([token_id])
-        self._generation_tokens += 1
-        if token_id in request.stop_token_ids:
-            self._end(request, Finished(reason=FinishReason.STOP, stop_token_id=token_id))
-        elif len(request.tokens) >= request.max_num_tokens:
-            self._end(request, _LENGTH)
+        result.token_ids.append(token_ids)
+        if logprobs is not None:
+            result.logprobs[request.request_id] = Logprobs(logprobs.token_ids[:count], logprobs.logprobs[:count])
+        self._generation_tokens += count
 
     def _register(self, request: Request, num_full_blocks: int) -> None:
         """Offer the blocks that a processed step has filled to the prefix index."""
@@ -455,6 +518,7 @@ class Scheduler:
         """Back to waiting. Tokens that its steps in flight will sample still count, and still arrive."""
         self._running.remove(request)
         request.num_computed_tokens = 0
+        request.drafts = []
         request.num_preemptions += 1
         self._num_preemptions += 1
         self._enqueue(request)
@@ -536,9 +600,33 @@ class Scheduler:
                     and 0 < request.num_computed_tokens < request.num_tokens
                     and len(request.block_table) == self._num_blocks(request.num_computed_tokens)
                 )
+            claims[f"{request.request_id}: drafts"] = not request.drafts or (
+                status is not RequestStatus.WAITING
+                and request.steps_in_flight <= 1
+                and (request.num_tokens + len(request.drafts) <= request.max_num_tokens or not request.steps_in_flight)
+            )
         broken = [name for name, holds in claims.items() if not holds]
         if broken:
             raise InvariantError(f"scheduler: {'; '.join(broken)}")
+
+
+def _until_end(token_ids: list[int], stop_token_ids: frozenset[int]) -> list[int]:
+    """Those that count: up to the first that ends the request, and none whose logits were broken."""
+    for index, token_id in enumerate(token_ids):
+        if token_id == -1:
+            return token_ids[:index]
+        if token_id in stop_token_ids:
+            return token_ids[: index + 1]
+    return token_ids
+
+
+def _end_of(request: Request, new: list[int], broken: bool) -> Finished | None:
+    """How a request ends with its newest tokens, if it does."""
+    if new and new[-1] in request.stop_token_ids:
+        return Finished(reason=FinishReason.STOP, stop_token_id=new[-1])
+    if broken:
+        return _NAN_LOGITS
+    return _LENGTH if len(request.tokens) >= request.max_num_tokens else None
 
 
 def _has_nan(logprobs: Logprobs) -> bool:

@@ -151,6 +151,9 @@ class _EngineCollector(Collector):
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_hits)
         yield self._counter("num_preemptions", "Preemptions.", stats.num_preemptions)
+        yield self._counter("spec_decode_num_drafts", "Times that tokens of a request were guessed.", stats.num_drafts)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed.", stats.draft_tokens)
+        yield self._counter("spec_decode_num_accepted_tokens", "Tokens guessed that were right.", stats.accepted_tokens)
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "Shape of the latent cache.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
         )

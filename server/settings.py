@@ -96,6 +96,11 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(
         True, description="Reuse the cached blocks of prompts that begin alike; the flag turns it off."
     )
+    speculative: Literal["off", "ngram"] = Field(
+        "off",
+        description="ngram: guess tokens that repeat the prompt or the answer, and check several in one step. Answers "
+        "stay the same; where texts repeat they come sooner.",
+    )
     seed: int | None = Field(
         None, ge=0, lt=1 << 64, description="Makes the seeds of requests that bring none repeatable. Default: random."
     )
@@ -203,6 +208,7 @@ class Settings(BaseSettings):
             num_blocks=self.num_blocks,
             kv_cache_memory=self.kv_cache_memory,
             prefix_cache=self.prefix_cache,
+            speculative=self.speculative,
             log_level=self.log_level,
             num_threads=self.num_threads,
             weights_cache=None if self.weights_cache is None else str(self.weights_cache),

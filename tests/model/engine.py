@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from model.runner import load_runner
 from scheduler.block_pool import BlockPool
 from scheduler.config import BLOCK_SIZE
 from scheduler.messages import AddRequest
+from scheduler.ngram import MAX_DRAFTS, NgramDrafter
 from scheduler.scheduler import Scheduler
 
 NUM_ROWS = 32
@@ -23,6 +25,8 @@ class Outcome:
     prompt_logprobs: list[Logprobs]
     """Empty where a request did not ask."""
     num_preemptions: int
+    accepted_tokens: int
+    """Drafts that were right."""
 
     @classmethod
     def together(cls, parts: list[Outcome]) -> Outcome:
@@ -33,7 +37,23 @@ class Outcome:
             logprobs=[column for part in parts for column in part.logprobs],
             prompt_logprobs=[column for part in parts for column in part.prompt_logprobs],
             num_preemptions=sum(part.num_preemptions for part in parts),
+            accepted_tokens=sum(part.accepted_tokens for part in parts),
         )
+
+
+class Oracle(NgramDrafter):
+    """Guesses a known answer, and every fifth token of it wrong: all numbers of drafts are accepted."""
+
+    def __init__(self, tokens: array[int], answer: list[int]) -> None:
+        super().__init__(tokens)
+        self._known = [*tokens, *answer]
+
+    def propose(self) -> list[int]:
+        first = len(self._tokens)
+        return [
+            token if place % 5 else token ^ 1
+            for place, token in enumerate(self._known[first : first + MAX_DRAFTS], start=first)
+        ]
 
 
 class Engine:
@@ -49,6 +69,7 @@ class Engine:
         budget: int = 512,
         prefix_cache: bool = True,
         watermark_blocks: int | None = None,
+        speculative: bool = False,
     ) -> None:
         self.runner = load_runner(
             model_dir,
@@ -70,17 +91,29 @@ class Engine:
             prefix_cache=prefix_cache,
             fingerprint=self.runner.fingerprint,
             watermark_blocks=watermark_blocks,
+            speculative=speculative,
         )
 
-    def generate(self, requests: list[AddRequest], preempt_every: int | None = None) -> Outcome:
-        """Run to the end; with `preempt_every`, the newest running request gives way every so many steps."""
+    def generate(
+        self,
+        requests: list[AddRequest],
+        preempt_every: int | None = None,
+        answers: list[list[int]] | None = None,
+    ) -> Outcome:
+        """Run to the end; with `preempt_every`, the newest running request gives way every so many steps.
+
+        `answers`: what to guess, instead of what n-grams do.
+        """
         tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
         cached: dict[str, int] = {}
         logprobs = {request.request_id: Logprobs([], []) for request in requests}
         prompt_logprobs = {request.request_id: Logprobs([], []) for request in requests}
-        before = self.scheduler.stats().num_preemptions
-        for request in requests:
-            assert self.scheduler.add(self.scheduler.make_request(request)) is None
+        before = self.scheduler.stats()
+        for index, message in enumerate(requests):
+            request = self.scheduler.make_request(message)
+            if answers is not None:
+                request.drafter = Oracle(request.tokens, answers[index])
+            assert self.scheduler.add(request) is None
         while self.scheduler.has_work:
             batch = self.scheduler.schedule()
             assert batch is not None
@@ -94,11 +127,12 @@ class Engine:
             for request_id, new in zip(result.request_ids, result.token_ids, strict=True):
                 tokens[request_id] += new
         self.scheduler.check()
-        preemptions = self.scheduler.stats().num_preemptions - before
+        after = self.scheduler.stats()
         return Outcome(
             tokens=list(tokens.values()),
             cached_tokens=[cached[request.request_id] for request in requests],
             logprobs=list(logprobs.values()),
             prompt_logprobs=list(prompt_logprobs.values()),
-            num_preemptions=preemptions,
+            num_preemptions=after.num_preemptions - before.num_preemptions,
+            accepted_tokens=after.accepted_tokens - before.accepted_tokens,
         )

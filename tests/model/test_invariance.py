@@ -101,5 +101,14 @@ def test_preempted_for_want_of_blocks(case: Case) -> None:
     assert outcome.tokens == case.alone
 
 
+def test_with_drafts(case: Case) -> None:
+    """Under every parameter a draft is accepted exactly where it is what would have been sampled."""
+    engine = Engine(case.model_dir, speculative=True, num_blocks=60, watermark_blocks=0)
+    outcome = engine.generate(case.requests, answers=case.alone)
+    assert outcome.tokens == case.alone
+    assert outcome.accepted_tokens > NUM_REQUESTS * MAX_TOKENS // 3
+    assert outcome.num_preemptions
+
+
 def test_in_steps_of_16_tokens(case: Case) -> None:
     assert Engine(case.model_dir, budget=16).generate(case.requests).tokens == case.alone

@@ -170,7 +170,8 @@ def test_the_form_that_needs_fewer_multiplications_is_taken() -> None:
     cheaper = attention._expanding_is_cheaper
     assert not cheaper(1, 1, v2_lite)
     assert not cheaper(1, 100_000, v2_lite)
-    assert cheaper(16, 16, v2_lite)
+    assert not cheaper(16, 16, v2_lite)
+    assert cheaper(17, 17, v2_lite)
     assert cheaper(512, 512, v2_lite)
     assert cheaper(512, 131_072, v2_lite)
     assert not cheaper(64, 131_072, v2_lite)

@@ -76,6 +76,47 @@ def test_a_row_takes_its_sampled_tokens_itself() -> None:
     assert run(rows, ForwardBatch(2, [ScheduledRow(0, 3, 1), ScheduledRow(1, 2, 1)])).token_ids.tolist() == [43, 42]
 
 
+def test_behind_drafts_a_row_samples_as_if_they_were_its_tokens() -> None:
+    rows = Rows(max_num_seqs=3, max_model_len=64)
+    prefill = [ScheduledRow(row, 0, 3, [row], sample=True) for row in range(2)]
+    prompts = [new_row(0, [5, 6, 7], frequency_penalty=0.5), new_row(1, [8, 8, 8], bad_words=((30, 31, 32),))]
+    run(rows, ForwardBatch(0, prefill, prompts))
+    rows.append([0, 1], [20, 30])
+    drafted = ForwardBatch(
+        1,
+        [
+            ScheduledRow(1, 3, 3, sample=True, drafts=[31, 40]),
+            ScheduledRow(2, 0, 2, [2]),
+            ScheduledRow(0, 3, 2, sample=True, drafts=[21]),
+        ],
+        [new_row(2, [1, 2, 3])],
+    )
+    inputs = run(rows, drafted)
+    assert inputs.token_ids.tolist() == [30, 31, 40, 1, 2, 20, 21]
+    assert inputs.positions.tolist() == [3, 4, 5, 0, 1, 3, 4]
+    assert inputs.sample_index.tolist() == [0, 1, 2, 5, 6]
+    assert drafted.sampled_rows == [1, 1, 1, 0, 0]
+    sampling = rows.sampling_inputs(drafted.sampled_rows)
+    assert sampling.position.tolist() == [4, 5, 6, 4, 5]
+    assert [limits.banned.tolist() for limits in sampling.limits] == [[], [32], []]
+    assert [(p.index, p.tokens.tolist()) for p in sampling.penalties] == [(3, [5, 6, 7, 20]), (4, [5, 6, 7, 20, 21])]
+
+    assert drafted.accepted([31, 41, 9, 21, 50]) == [0, 1, 3, 4]
+    rows.append([1, 1, 0, 0], [31, 41, 21, 50])
+    after = run(rows, ForwardBatch(2, [ScheduledRow(1, 5, 1, sample=True), ScheduledRow(0, 5, 1, sample=True)]))
+    assert after.token_ids.tolist() == [41, 50]
+    assert rows.sampling_inputs([1, 0]).position.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "accepted"),
+    [([7, 8, 9], [0, 1, 2]), ([7, 1, 9], [0, 1]), ([1, 8, 9], [0]), ([-1, 8, 9], [0]), ([7, -1, -1], [0, 1])],
+)
+def test_drafts_are_accepted_up_to_the_first_that_is_wrong(token_ids: list[int], accepted: list[int]) -> None:
+    batch = ForwardBatch(0, [ScheduledRow(4, 9, 2), ScheduledRow(1, 5, 3, sample=True, drafts=[7, 8])])
+    assert batch.accepted(token_ids) == accepted
+
+
 def test_a_row_whose_logits_were_not_finite_can_still_run_the_step_planned_ahead() -> None:
     rows = Rows(max_num_seqs=1, max_model_len=8)
     run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 1, [0], sample=True)], [new_row(0, [5])]))
@@ -197,10 +238,13 @@ def test_a_rebound_row_keeps_nothing_of_its_last_request() -> None:
         ForwardBatch(1, [], [new_row(1, [1] * 129)]),
         ForwardBatch(1, [], [new_row(1, [])]),
         ForwardBatch(1, [ScheduledRow(0, 2, 1)], released_rows=[1]),
+        ForwardBatch(1, [ScheduledRow(0, 2, 2, drafts=[9])]),  # a draft where nothing is sampled
+        ForwardBatch(1, [ScheduledRow(0, 1, 2, sample=True, drafts=[9])]),  # a draft in the place of a known token
+        ForwardBatch(1, [ScheduledRow(0, 2, 127, [1], sample=True, drafts=[9] * 126)]),  # more drafts than fit
     ],
 )
 def test_a_batch_that_contradicts_the_rows_is_refused(batch: ForwardBatch) -> None:
     rows = Rows(max_num_seqs=2, max_model_len=128)
     run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 3, [0])], [new_row(0, [1, 2, 3])]))
-    with pytest.raises(ValueError, match=r"step 1|row 1"):
+    with pytest.raises(ValueError, match=r"step 1|row [01]"):
         run(rows, batch)

@@ -21,6 +21,8 @@ VOCAB_SIZE = 16
 EOS = 15
 NAN_SEED_BIT = 1 << 32
 """A request whose seed has this bit has broken logits at its third output token."""
+REPEAT_SEED_BIT = 1 << 33
+"""One whose seed has this bit repeats three tokens, but for some here and there: drafts are often right."""
 
 
 def extend_digest(digest: bytes, token: int) -> bytes:
@@ -31,7 +33,10 @@ def next_token(digest: bytes, params: SamplingParams, num_output_tokens: int) ->
     """The network and the sampler of this world."""
     if params.seed & NAN_SEED_BIT and num_output_tokens == 2:
         return -1
-    return blake2b(digest + params.seed.to_bytes(8, "little"), digest_size=1).digest()[0] % VOCAB_SIZE
+    drawn = blake2b(digest + params.seed.to_bytes(8, "little"), digest_size=1).digest()[0]
+    if params.seed & REPEAT_SEED_BIT and drawn >= 32:
+        return num_output_tokens % 3
+    return drawn % VOCAB_SIZE
 
 
 def run_alone(
@@ -123,10 +128,13 @@ class FakeWorker:
         # (a) every position exactly once, in order.
         assert scheduled.start == row.num_computed
         end = scheduled.start + scheduled.num_tokens
-        assert scheduled.start < end <= len(row.tokens), "a token is computed before it is known"
+        known = end - len(scheduled.drafts)
+        assert scheduled.start < known <= len(row.tokens), "a token is computed before it is known"
         row.block_table.extend(scheduled.new_blocks)
-        assert len(row.block_table) == -(-end // self.block_size)
-        assert scheduled.sample == (end == len(row.tokens))
+        assert len(row.block_table) == -(-known // self.block_size) == -(-end // self.block_size)
+        assert scheduled.sample == (known == len(row.tokens))
+        assert scheduled.sample or not scheduled.drafts
+        row.tokens += scheduled.drafts
         for position in range(scheduled.start, end):
             block = row.block_table[position // self.block_size]
             # (b) what a row writes belongs to nobody else.
@@ -150,12 +158,28 @@ class FakeWorker:
             if predicted:
                 sampled.prompt_logprobs[scheduled.row] = logprobs_at(row.tokens, predicted)
         if scheduled.sample:
-            token = next_token(digest, row.params, len(row.tokens) - row.num_prompt_tokens)
-            if row.params.logprobs is not None:
-                sampled.logprobs[scheduled.row] = Logprobs([[token]], [[float(len(row.tokens))]])
+            self._sample(row, scheduled, sampled)
+
+    def _sample(self, row: Row, scheduled: ScheduledRow, sampled: SampledTokens) -> None:
+        """Accepts drafts by what the row gives alone, token by token: no words shared with the real worker."""
+        drafts = scheduled.drafts
+        del row.tokens[len(row.tokens) - len(drafts) :]
+        row.digest = b""
+        for token in row.tokens:
+            row.digest = extend_digest(row.digest, token)
+        logprobs = Logprobs([], [])
+        for draft in [*drafts, None]:
+            token = next_token(row.digest, row.params, len(row.tokens) - row.num_prompt_tokens)
+            logprobs.extend(Logprobs([[token]], [[float(len(row.tokens))]]))
             sampled.rows.append(scheduled.row)
             sampled.token_ids.append(token)
+            row.num_computed = len(row.tokens)
             row.tokens.append(max(token, 0))
+            if token != draft:
+                break
+            row.digest = extend_digest(row.digest, token)
+        if row.params.logprobs is not None:
+            sampled.logprobs[scheduled.row] = logprobs
 
 
 def request_message(

@@ -16,6 +16,7 @@ from scheduler.scheduler import Scheduler, StepResult
 from tests.scheduler.fake_worker import (
     EOS,
     NAN_SEED_BIT,
+    REPEAT_SEED_BIT,
     VOCAB_SIZE,
     FakeWorker,
     logprobs_at,
@@ -37,7 +38,9 @@ ARRIVALS = st.fixed_dictionaries(
         "max_tokens": st.sampled_from([1, 4, 12, 30]),
         "priority": st.sampled_from([0, 0, 0, 1, 2]),
         "cache_salt": st.sampled_from(["", "", "", "tenant"]),
-        "seed": st.sampled_from([0, 0, 1, 2, 3, 4, NAN_SEED_BIT]),
+        "seed": st.sampled_from(
+            [0, 1, 2, 3, *(REPEAT_SEED_BIT + i for i in range(4)), NAN_SEED_BIT, NAN_SEED_BIT + REPEAT_SEED_BIT]
+        ),
         "stop_token_ids": st.sampled_from([(), (), (3,)]),
         "ignore_eos": st.booleans(),
         "logprobs": st.sampled_from([None, 0]),
@@ -48,7 +51,7 @@ ARRIVALS = st.fixed_dictionaries(
 
 
 class SchedulerStorm(RuleBasedStateMachine):
-    """Random add, schedule, update, abort and preempt, one or two steps in flight, tiny pools, shared prefixes.
+    """Random add, schedule, update, abort and preempt, one or two steps in flight, tiny pools, shared prefixes, drafts.
 
     The fake worker checks every step as it runs; here, what clients see is compared with what each
     request gives alone.
@@ -67,12 +70,13 @@ class SchedulerStorm(RuleBasedStateMachine):
     @initialize(
         depth=st.integers(1, 2),
         num_blocks=st.sampled_from([1, 3, 5, 8, 12, 16]),
-        block_size=st.sampled_from([1, 2, 4]),
+        block_size=st.sampled_from([1, 2, 4, 8]),
         max_num_seqs=st.sampled_from([1, 2, 4, 6]),
         budget=st.sampled_from([1, 3, 7, 20, 64]),
         max_model_len=st.sampled_from([6, 24, 1000]),
         watermark=st.sampled_from([None, 0, 3]),
         prefix_cache=st.sampled_from([True, True, True, False]),
+        speculative=st.booleans(),
     )
     def start(
         self,
@@ -84,6 +88,7 @@ class SchedulerStorm(RuleBasedStateMachine):
         max_model_len: int,
         watermark: int | None,
         prefix_cache: bool,
+        speculative: bool,
     ) -> None:
         self.depth = depth
         self.prefix_cache = prefix_cache
@@ -97,6 +102,7 @@ class SchedulerStorm(RuleBasedStateMachine):
             eos_token_ids=[EOS],
             prefix_cache=prefix_cache,
             fingerprint="storm",
+            speculative=speculative,
             watermark_blocks=watermark,
         )
         self.worker = FakeWorker(
@@ -208,8 +214,11 @@ class SchedulerStorm(RuleBasedStateMachine):
             assert (request_id in result.started) == (not self.output[request_id])
             self.output[request_id] += token_ids
             if request_id in result.logprobs:
-                place = len(self.accepted[request_id].prompt) // 4 + len(self.output[request_id]) - 1
-                assert result.logprobs[request_id] == Logprobs([token_ids], [[float(place)]])
+                end = len(self.accepted[request_id].prompt) // 4 + len(self.output[request_id])
+                places = range(end - len(token_ids), end)
+                assert result.logprobs[request_id] == Logprobs(
+                    [[token_id] for token_id in token_ids], [[float(place)] for place in places]
+                )
         for request_id, started in result.started.items():
             cached = started.cached_tokens
             assert 0 <= cached < len(self.accepted[request_id].prompt) // 4

@@ -23,6 +23,9 @@ WORKSPACE = 1 << 20
 """Numbers the largest intermediate of a chunk of keys (scores, gathered latents, expanded keys) should have: 4 MB of
 scores stay in a CPU's cache, and smaller chunks skip more of what causality hides."""
 
+FEW_TOKENS = 16
+"""A row of so few tokens is absorbed whatever that costs: drafts get what they would have got one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
@@ -210,7 +213,7 @@ def _expanding_is_cheaper(num_queries: int, context_len: int, config: DeepseekCo
     expanded_width = config.qk_head_dim + config.v_head_dim
     absorbed_width = config.latent_dim + config.kv_lora_rank
     rebuilding = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
-    return num_queries > 1 and pairs * (absorbed_width - expanded_width) > cached * rebuilding
+    return num_queries > FEW_TOKENS and pairs * (absorbed_width - expanded_width) > cached * rebuilding
 
 
 def _keys_a_chunk(num_rows: int, num_queries: int, expand: bool, config: DeepseekConfig) -> int:

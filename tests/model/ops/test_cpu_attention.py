@@ -185,11 +185,13 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(kernels: Library
 
 def test_a_short_chunk_is_as_many_decoding_steps(kernels: Library) -> None:
     """Bit by bit: what speculation verifies is what decoding would have computed."""
-    chunk, _ = case(SMALL, ((7, 1029),))
-    steps = chunk.alone(0)
-    steps.rows = tuple((1, 1023 + i) for i in range(7))
-    steps.tables = chunk.tables.repeat(7, 1)
-    assert torch.equal(chunk.found(kernels), steps.found(kernels))
+    for widths, context, num_blocks in ((SMALL, 1029, None), (NARROW, 10, None), (NARROW, 32_771, 12)):
+        chunk = Case(widths, ((9, context),), num_blocks)
+        steps = chunk.alone(0)
+        steps.rows = tuple((1, context - 8 + i) for i in range(9))
+        steps.tables = chunk.tables.repeat(9, 1)
+        steps.starts = list(range(10))
+        assert torch.equal(chunk.found(kernels), steps.found(kernels)), context
 
 
 @pytest.mark.parametrize("rows", [((1, 700),), ((150, 150),)], ids=["absorbed", "expanded"])

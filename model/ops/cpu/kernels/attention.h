@@ -6,13 +6,16 @@
 
 namespace ISA {
 
+// A row of so few tokens is absorbed whatever that costs: drafts get what they would have got one by one.
+constexpr int64_t FEW_TOKENS = 16;
+
 // Multiplications a head: expanding needs fewer for each pair of query and key, but rebuilds the cached keys too.
 inline bool expanding_is_cheaper(const latentd_attention_shape& shape, int64_t row) {
     double tokens = shape.query_start[row + 1] - shape.query_start[row];
     double cached = shape.context_lens[row] - tokens;
     double pairs = tokens * (cached + tokens / 2);
     double saved = double(2 * shape.rank + shape.rope) - double(shape.nope + shape.rope + shape.value);
-    return tokens > 1 && pairs * saved > cached * double(shape.rank) * double(shape.nope + shape.value);
+    return tokens > FEW_TOKENS && pairs * saved > cached * double(shape.rank) * double(shape.nope + shape.value);
 }
 
 // How the workspace is divided: scratch of every thread, then what one form needs after the other.

@@ -15,7 +15,15 @@ constexpr int64_t MAX_SPLITS = 64;
 constexpr int64_t WAVE_SUMS = 8192;
 constexpr int64_t TOKENS_A_JOB = 8 * TILE_ROWS;
 
-// Consecutive tokens of a row, as many as fill a query group (or one, whose heads are more), over all keys they see.
+// Keys of a split, where a token sees so many.
+inline int64_t split_size(int64_t keys) {
+    int64_t size = SPLIT_KEYS;
+    while (size * MAX_SPLITS < keys) size *= 2;
+    return size;
+}
+
+// Consecutive tokens of a row, as many as fill a query group (or one, whose heads are more) and have splits of the same
+// size, over all keys they see.
 struct Span {
     int64_t row, token, tokens;
     int64_t keys, split_keys, splits;
@@ -24,9 +32,10 @@ struct Span {
         : row(of_row), token(first_token) {
         int64_t stop = shape.query_start[row + 1];
         tokens = smaller(larger(1, QUERIES / shape.heads), stop - token);
-        keys = shape.context_lens[row] - (stop - (token + tokens));
-        split_keys = SPLIT_KEYS;
-        while (split_keys * MAX_SPLITS < keys) split_keys *= 2;
+        int64_t before = shape.context_lens[row] - (stop - token);
+        split_keys = split_size(before + 1);
+        tokens = smaller(tokens, split_keys * MAX_SPLITS > before ? split_keys * MAX_SPLITS - before : tokens);
+        keys = before + tokens;
         splits = (keys + split_keys - 1) / split_keys;
     }
 

@@ -111,6 +111,35 @@ def plan_attention(step: StepInputs, cache: LatentCache, config: DeepseekConfig)
     return CudaAttention(cache, config, absorbed, expanded)
 
 
+class DeviceRows(NamedTuple):
+    """Rows of a captured step, of one token each, whose lengths only the device knows; those without are padding."""
+
+    query_start: Tensor
+    """[R + 1] int32"""
+    context_lens: Tensor
+    """[R] int32; 0 where a row is padding"""
+    block_tables: Tensor
+    """[R, max_blocks] int32"""
+    items: int
+    """At most, of the absorbed form; see `num_items`."""
+
+
+def captured_attention(rows: DeviceRows, cache: LatentCache, config: DeepseekConfig) -> CudaAttention:
+    """Of a step whose kernels are launched again with other rows of these numbers."""
+    number, heads = len(rows.context_lens), config.num_attention_heads
+    work = decode_work(
+        rows.query_start,
+        rows.context_lens,
+        rows.block_tables,
+        tokens=number,
+        items=rows.items,
+        heads=heads,
+        block=lines_of_a_tile(heads, 1, cache.data.device),
+        split_pages=pages_of_a_split(number),
+    )
+    return CudaAttention(cache, config, Absorbed(slice(0, number), work), [])
+
+
 def _absorbed(step: StepInputs, rows: list[int], queries: list[int], config: DeepseekConfig) -> Absorbed:
     device = step.positions.device
     starts = [step.query_start[row] for row in rows]
@@ -123,7 +152,7 @@ def _absorbed(step: StepInputs, rows: list[int], queries: list[int], config: Dee
         spans = [torch.arange(start, start + n) for start, n in zip(starts, queries, strict=True)]
         tokens = torch.cat(spans).to(device)
     heads, split_pages = config.num_attention_heads, pages_of_a_split(len(rows))
-    block = lines_of_a_tile(heads, max(queries))
+    block = lines_of_a_tile(heads, max(queries), device)
     work = decode_work(
         torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32).to(device),
         torch.tensor(contexts, dtype=torch.int32).to(device),

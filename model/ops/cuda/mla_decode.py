@@ -16,8 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.cuda.device import processors, shared_memory
 
 LOG2_E = 1.4426950408889634
+HOPPER_MEMORY = 227 << 10
+"""Bytes, of a program: 64 lines and two pages of 576 numbers fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +45,9 @@ class DecodeWork:
     programs: int
 
 
-def lines_of_a_tile(heads: int, most_queries: int) -> int:
-    """16 lines suit one token of 16 heads; 64 are what a Hopper tensor core takes at once."""
-    return 16 if heads * most_queries <= 16 else 64
+def lines_of_a_tile(heads: int, most_queries: int, device: torch.device) -> int:
+    """16 lines suit one token of 16 heads; 64 are what a Hopper tensor core takes at once, if there is room."""
+    return 64 if heads * most_queries > 16 and shared_memory(device) >= HOPPER_MEMORY else 16
 
 
 def pages_of_a_split(rows: int) -> int:
@@ -83,10 +86,6 @@ def decode_work(
     )
 
 
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def mla_decode(
     q_latent: Tensor, q_rope: Tensor, cache: LatentCache, layer: int, work: DecodeWork, softmax_scale: float
 ) -> Tensor:
@@ -97,6 +96,8 @@ def mla_decode(
     partial = torch.empty((items, work.block, rank), dtype=torch.float32, device=q_latent.device)
     lse = torch.empty((items, work.block), dtype=torch.float32, device=q_latent.device)
     wide = work.block > 16
+    # Two pages in flight where they fit; that is one stage more where no tensor core reads them asynchronously.
+    stages = 3 if not wide and shared_memory(q_latent.device) >= HOPPER_MEMORY else 2
     _split[(work.programs,)](
         q_latent,
         q_rope,
@@ -125,7 +126,7 @@ def mla_decode(
         BLOCK_RANK=triton.next_power_of_2(rank),
         BLOCK_ROPE=max(16, triton.next_power_of_2(rope)),
         num_warps=8 if wide else 4,
-        num_stages=2 if wide else 3,
+        num_stages=stages,
     )
     attended = torch.empty((heads, tokens, rank), dtype=q_latent.dtype, device=q_latent.device)
     _merge[(tokens, heads)](

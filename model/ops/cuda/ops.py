@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch import Tensor
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
-from model.ops.cuda.attention import CudaAttention, plan_attention
+from model.ops.cuda.attention import CudaAttention, DeviceRows, captured_attention, plan_attention
+from model.ops.cuda.graphs import DecodeGraphs, Network
 from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
@@ -24,6 +26,22 @@ class CudaOps:
     name = "cuda"
     quantization = "none"
     packing = None
+
+    def __init__(self) -> None:
+        self._rows: DeviceRows | None = None
+
+    @contextmanager
+    def on_device(self, rows: DeviceRows) -> Iterator[None]:
+        """Within it, steps are of these rows, whatever the host says of them: nothing waits for the device."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def recorded(self, network: Network, config: DeepseekConfig) -> DecodeGraphs:
+        """As `Ops.recorded`: a CUDA graph for each size of decoding steps."""
+        return DecodeGraphs(network, config, self.on_device)
 
     def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
         return weight
@@ -68,13 +86,16 @@ class CudaOps:
         return rope_and_cache(q_rope, kv, norm_weight, eps, rotation, slot_mapping, cache, layer)
 
     def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> CudaAttention:
+        if self._rows is not None:
+            return captured_attention(self._rows, cache, config)
         return plan_attention(step, cache, config)
 
     def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
         return self.linear(silu_mul(F.linear(x, unpacked(weights.gate_up))), weights.down, residual=residual)
 
     def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
-        return router(x, weight, correction_bias, config)
+        num_tokens = None if self._rows is None else self._rows.query_start[-1:]
+        return router(x, weight, correction_bias, config, num_tokens)
 
     def moe(
         self, x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor

@@ -12,8 +12,13 @@ from model.config import DeepseekConfig
 from model.ops.interface import Routing
 
 
-def router(x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
-    """As `Ops.router`. Equal scores: the lowest expert first. Scores that are not numbers choose the first experts."""
+def router(
+    x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig, num_tokens: Tensor | None = None
+) -> Routing:
+    """As `Ops.router`. Equal scores: the lowest expert first. Scores that are not numbers choose the first experts.
+
+    num_tokens [1] int32: tokens behind so many are padding, whose experts are -1.
+    """
     logits = F.linear(x.float(), weight)
     tokens, experts = logits.shape
     per_token = config.num_experts_per_tok
@@ -23,6 +28,7 @@ def router(x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: De
     _route[(tokens,)](
         logits,
         logits if correction_bias is None else correction_bias,
+        chosen if num_tokens is None else num_tokens,
         chosen,
         weights,
         config.routed_scaling_factor,
@@ -32,6 +38,7 @@ def router(x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: De
         KEPT_GROUPS=config.topk_group,
         SIGMOID=config.scoring_func == "sigmoid",
         BIASED=correction_bias is not None,
+        PADDED=num_tokens is not None,
         GROUP_BY_TWO=config.topk_method == "noaux_tc",
         NORMALISE=config.norm_topk_prob and per_token > 1,
         BLOCK_GROUPS=triton.next_power_of_2(groups),
@@ -54,6 +61,7 @@ def _best(choice: tl.tensor, free: tl.tensor, number: tl.tensor) -> tl.tensor:
 def _route(
     logits: tl.tensor,
     bias: tl.tensor,
+    num_tokens: tl.tensor,
     chosen: tl.tensor,
     weights: tl.tensor,
     scaling: tl.tensor,
@@ -63,6 +71,7 @@ def _route(
     KEPT_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
     BIASED: tl.constexpr,
+    PADDED: tl.constexpr,
     GROUP_BY_TWO: tl.constexpr,
     NORMALISE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -109,6 +118,8 @@ def _route(
         free = free & (number != best)
     if NORMALISE:
         gains = gains / (tl.sum(gains) + 1e-20)
+    if PADDED:
+        found = tl.where(token < tl.load(num_tokens), found, -1)
     target = token * PER_TOKEN + place
     tl.store(chosen + target, found, mask=place < PER_TOKEN)
     tl.store(weights + target, gains * scaling, mask=place < PER_TOKEN)

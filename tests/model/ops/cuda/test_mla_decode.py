@@ -45,7 +45,7 @@ class Case:
     def found(self, split_pages: int, spare_items: int = 0, spare_rows: int = 0) -> Tensor:
         """[n, H, r]; with more rows and items than there are, as a captured step has them."""
         heads = self.q_latent.shape[1]
-        block = lines_of_a_tile(heads, max(self.queries))
+        block = lines_of_a_tile(heads, max(self.queries), self.q_latent.device)
         items = num_items(self.queries, self.contexts, heads, block, split_pages)
         pad = torch.nn.functional.pad
         work = decode_work(

@@ -1,0 +1,115 @@
+"""What a CUDA graph of decoding steps would hold: results that padding does not change, nothing the host waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.inputs import StepInputs
+from model.latent_cache import LatentCache
+from model.ops.cuda import graphs
+from model.ops.cuda.graphs import DecodeGraphs, Network
+from model.ops.cuda.ops import CudaOps
+from tests.checkpoints import make_checkpoint
+from tests.model.harness import load_model
+from tests.model.ops.cuda.common import DEVICE
+from tests.model.test_ops_eager import step_of
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="graphs are captured there, not looked into")
+
+HOST_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "is_nonzero", "equal")
+"""Operations whose result the host reads, or whose input it makes."""
+
+
+class CaptureList(TorchDispatchMode):
+    """The operations of a region; refuses those that cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__.split(".")[0]
+        assert name not in HOST_WAITS, name
+        if name in ("index", "index_put_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), name
+        self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, CudaOps, Any]:
+    path = make_checkpoint(tmp_path_factory.mktemp("graphs"), "v3", num_hidden_layers=2, num_nextn_predict_layers=0)
+    ops = CudaOps()
+    model = load_model(path, ops=ops)
+
+    def compute(inputs: StepInputs, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        hidden = model(inputs, cache)
+        return hidden, model.logits(hidden[inputs.sample_index])
+
+    return compute, ops, model.config
+
+
+def decoding(contexts: list[int], config: Any) -> tuple[StepInputs, LatentCache]:
+    step, _ = step_of([(1, context) for context in contexts])
+    step = replace(step, token_ids=torch.arange(5, 5 + len(contexts)))
+    cache = LatentCache(12, config.num_hidden_layers, config.latent_dim, torch.float32)
+    cache.data.copy_(torch.randn(cache.data.shape, generator=torch.Generator().manual_seed(1)))
+    return step, cache
+
+
+@torch.inference_mode()
+def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, CudaOps, Any]) -> None:
+    compute, ops, config = network
+    step, cache = decoding([70, 1, 200], config)
+    other = LatentCache(cache.num_blocks, cache.num_layers, config.latent_dim, torch.float32)
+    other.data.copy_(cache.data)
+    before, _ = decoding([9, 129, 1, 64], config)
+    compute(before, cache)
+    hidden, logits = compute(step, cache)
+    replayed = ops.recorded(compute, config)
+    replayed(before, other)  # leaves its rows in the buffers
+    found_hidden, found_logits = replayed(step, other)
+    torch.testing.assert_close(found_hidden, hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.data, cache.data, rtol=1e-4, atol=1e-4)
+    one = replace(step, sample_index=torch.tensor([1]))
+    torch.testing.assert_close(replayed(one, other)[1], logits[1:2], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_host_waits_for_nothing(network: tuple[Network, CudaOps, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched here: kernels are opaque to a graph, and their interpreter would be looked at too."""
+    compute, ops, config = network
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)
+    step, cache = decoding([70, 1], config)
+    replayed = DecodeGraphs(compute, config, ops.on_device)
+    replayed(step, cache)
+    with CaptureList() as captured:
+        replayed.region(2, cache)
+    assert captured.names.count("linear") >= 2 * 3  # it looked at the whole network
+    with pytest.raises(AssertionError, match="lift_fresh"), CaptureList():
+        compute(step, cache)
+
+
+def test_steps_that_are_not_replayed(network: tuple[Network, CudaOps, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, ops, config = network
+    replayed = DecodeGraphs(compute, config, ops.on_device)
+
+    def size_of(rows: list[tuple[int, int]]) -> int | None:
+        return replayed.size_of(step_of(rows)[0], torch.device("cpu"))
+
+    assert size_of([(1, 7)] * 5) == 8
+    assert size_of([(1, 7), (2, 9)]) is None
+    assert size_of([(1, 1)] * 513) is None
+    monkeypatch.setattr(graphs, "PARTIAL_BYTES", 0)
+    assert size_of([(1, 128)]) == 1
+    assert size_of([(1, 129)]) is None

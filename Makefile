@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-peers docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-peers bench-real-size docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -80,6 +80,9 @@ eval-builtin: dev ## ask the built-in model all its questions (ARGS="--json mode
 bench: dev ## what scheduling and starting cost, against their targets
 	$(BIN)/python -m benchmarks.control_plane --check
 	$(BIN)/python -m benchmarks.startup --check
+
+bench-real-size: dev ## 15.7 billion parameters in int4 through the real daemon: MODEL=folder that benchmarks.make_checkpoint wrote
+	$(BIN)/python -m benchmarks.real_size "$(MODEL)" --quantization int4 $(ARGS)
 
 bench-long: dev ## a 131,072-token request through the real daemon (minutes)
 	$(BIN)/python -m benchmarks.long_context

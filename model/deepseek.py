@@ -18,7 +18,7 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
 from model.ops.interface import LatentWeights, LinearWeight, Mlp, Ops, StepAttention, SwigluWeights
-from model.rotary import Rotation, inverse_frequencies, rotation
+from model.rotary import Rotation, inverse_frequencies
 
 LATENT_NORM_EPS = 1e-6
 """Of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says: the published code never passes it to them."""
@@ -206,10 +206,10 @@ class DeepseekForCausalLM:
         step = Step(
             cache,
             inputs.slot_mapping,
-            rotation(inputs.positions, self.inv_freq, 1.0 if yarn is None else yarn.amplitude),
+            self.ops.rotation(inputs.positions, self.inv_freq, 1.0 if yarn is None else yarn.amplitude),
             self.ops.attention(inputs, cache, self.config),
         )
-        h = self.model.embed_tokens.weight[inputs.token_ids]
+        h = self.ops.gather(self.model.embed_tokens.weight, inputs.token_ids)
         for layer in self.model.layers:
             h = layer.forward(h, step)
         return self.ops.rms_norm(h, self.model.norm.weight, self.config.rms_norm_eps)
@@ -217,3 +217,8 @@ class DeepseekForCausalLM:
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, D] -> [S, vocab_size] float32."""
         return self.ops.logits(hidden, self.head)
+
+    def compute(self, inputs: StepInputs, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        """What calling the network returns, and the logits of the tokens that choose a next one."""
+        hidden = self(inputs, cache)
+        return hidden, self.logits(self.ops.gather(hidden, inputs.sample_index))

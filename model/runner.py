@@ -62,6 +62,7 @@ class ModelRunner:
         self.quantization = model.ops.quantization
         self.instruction_set = model.ops.instruction_set if isinstance(model.ops, CpuOps) else None
         self._rows = rows
+        self._compute = model.ops.recorded(model.compute, model.config)
 
     @torch.inference_mode()
     def execute(self, batch: ForwardBatch) -> SampledTokens:
@@ -71,11 +72,10 @@ class ModelRunner:
         """
         outcome = SampledTokens(batch.step, [], [])
         inputs = self.prepare(batch)
-        hidden = self.model(inputs, self.cache)
+        hidden, logits = self._compute(inputs, self.cache)
         outcome.prompt_logprobs = self._prompt_logprobs(batch, inputs, hidden)
         rows = batch.sampled_rows
         if rows:
-            logits = self.model.logits(hidden[inputs.sample_index])
             asking = [i for i, row in enumerate(rows) if self._rows.params(row).logprobs is not None]
             raw = logits[asking] if asking else logits  # a copy: sampling overwrites
             token_ids = sample(logits, self._rows.sampling_inputs(rows, batch.grammar_bitmasks))

@@ -8,7 +8,7 @@ experts and norms are accumulated in float32 whatever the run dtype is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,6 +86,10 @@ class LatentWeights(NamedTuple):
     """[H, dv, r]: W_UV"""
 
 
+Network = Callable[[StepInputs, LatentCache], tuple[Tensor, Tensor]]
+"""`DeepseekForCausalLM.compute`: final hidden states [T, D] of a step's tokens and logits [S, vocab_size] float32."""
+
+
 class Routing(NamedTuple):
     experts: Tensor
     """[T, k] integers: the chosen experts of each token, all different."""
@@ -141,6 +145,11 @@ class Ops(Protocol):
         """w_uk [H, dn, r] and w_uv [H, dv, r] as `attention` wants them, likewise; strided views are welcome."""
         ...
 
+    def recorded(self, network: Network, config: DeepseekConfig) -> Network:
+        """The same function of steps of any size; it runs the network here, once at most, to see its operations, and
+        then does them without it. What it returns may be overwritten by its next call."""
+        ...
+
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
@@ -149,6 +158,14 @@ class Ops(Protocol):
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """x [S, in] -> [S, out] float32."""
+        ...
+
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+        """table [N, D], index [M] int64 -> [M, D]"""
+        ...
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, amplitude: float) -> Rotation:
+        """See `model.rotary.rotation`."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -63,6 +63,16 @@ class Driver:
 
     def step(self, work: Sequence[tuple[Row, int]]) -> list[Tensor]:
         """Runs the next `n` tokens of each row, all in one batch; log-probabilities [n, V] of each."""
+        inputs = self.inputs(work)
+        hidden = self.model(inputs, self.cache)
+        assert hidden.shape[0] == inputs.num_tokens
+        logprobs = self.model.logits(hidden).log_softmax(-1)
+        for row, num_tokens in work:
+            row.num_computed += num_tokens
+        return list(logprobs.split([n for _, n in work]))
+
+    def inputs(self, work: Sequence[tuple[Row, int]]) -> StepInputs:
+        """Of a step of the next `n` tokens of each row, which gets blocks for them; the last ones are sampled."""
         for row, num_tokens in work:
             while len(row.blocks) * BLOCK_SIZE < row.num_computed + num_tokens:
                 row.blocks.append(self.free.pop())
@@ -73,7 +83,7 @@ class Driver:
         tables = torch.full((len(work), max(len(row.blocks) for row, _ in work)), 10**6, dtype=torch.int32)
         for i, (row, _) in enumerate(spans):
             tables[i, : len(row.blocks)] = torch.tensor(row.blocks)
-        inputs = StepInputs(
+        return StepInputs(
             token_ids=torch.tensor([row.tokens[i] for row, span in spans for i in span]),
             positions=torch.tensor([i for _, span in spans for i in span]),
             slot_mapping=torch.tensor(
@@ -84,12 +94,6 @@ class Driver:
             block_tables=tables,
             sample_index=torch.tensor(query_start[1:]) - 1,
         )
-        hidden = self.model(inputs, self.cache)
-        assert hidden.shape[0] == query_start[-1]
-        logprobs = self.model.logits(hidden).log_softmax(-1)
-        for row, num_tokens in work:
-            row.num_computed += num_tokens
-        return list(logprobs.split([n for _, n in work]))
 
     def run(self, tokens: list[int], chunk: int) -> Tensor:
         """A whole prompt alone, in chunks; log-probabilities of all positions [T, V]."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from enum import IntEnum
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from model.ops.cpu.build import LIBRARY, X86_64
 
-ABI = 1
+ABI = 2
 """LATENTD_ABI of the library that this file describes."""
 
 ISAS = (*X86_64, "portable")
@@ -64,24 +63,29 @@ class RouterShape(ctypes.Structure):
     )
 
 
-# What a function returns, then what it takes. c: int, f: float, i: int64, n: nothing, p: pointer, s: size, t: text.
-_SIGNATURES = {
+# What a function returns, then what it takes. c: int, f: float, i: int64, n: nothing, p: pointer, s: size, t: text;
+# r: int64, the number of the call's rows, w: pointer to its workspace.
+SIGNATURES = {
     "abi": "c ",
     "isa": "t ",
     "use_isa": "c p",
     "set_threads": "n c",
     "packed_bytes": "s cii",
     "pack": "n cpiip",
-    "linear": "n cpipiiipppic",
-    "rms_norm": "n pipfiipi",
+    "linear": "n cpipriipppic",
+    "rms_norm": "n pipfripi",
+    "gather": "n pprip",
+    "rotation": "n ppfripp",
     "rope_and_cache": "n pipipfppppii",
     "attention_workspace": "s p",
-    "attention": "n pipiipiippppp",
-    "router_workspace": "s ii",
-    "router": "n ppiiippppp",
-    "moe_workspace": "s iiiiii",
-    "moe": "n cpiiiiiippppippppp",
-    "mlp": "n cpiiiippppp",
+    "attention": "n pipiipiippppw",
+    "router_workspace": "s ri",
+    "router": "n ppirippppw",
+    "moe_workspace": "s riiiii",
+    "moe": "n cpiriiiippppippppw",
+    "mlp": "n cpiriippppw",
+    "function": "p p",
+    "replay": "s piipps",
 }
 _TYPES: dict[str, Any] = {
     "c": c_int,
@@ -89,58 +93,55 @@ _TYPES: dict[str, Any] = {
     "i": c_int64,
     "n": None,
     "p": c_void_p,
+    "r": c_int64,
     "s": c_size_t,
     "t": c_char_p,
+    "w": c_void_p,
 }
 
 
 class Library:
-    def __init__(self, path: Path) -> None:
-        """OSError where it cannot be loaded, AttributeError where it lacks a function."""
-        self._path = path
-        loaded = ctypes.CDLL(str(path))
-        self._functions: dict[str, Callable[..., Any]] = {}
-        for name, signature in _SIGNATURES.items():
-            function = loaded[f"latentd_{name}"]
-            result, arguments = signature.split(" ")
-            function.restype = _TYPES[result]
-            function.argtypes = [_TYPES[letter] for letter in arguments]
-            self._functions[name] = function
-        self._linear = self._functions["linear"]
-        self._rms_norm = self._functions["rms_norm"]
-        self._rope_and_cache = self._functions["rope_and_cache"]
-        self._attention = self._functions["attention"]
-        self._router = self._functions["router"]
-        self._moe = self._functions["moe"]
-        self._mlp = self._functions["mlp"]
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], empty: Callable[..., Tensor]) -> None:
+        """Functions by their name in SIGNATURES. `empty` makes the tensors that go from one to the next, as torch's."""
+        self.functions = functions
+        self.empty = empty
+        self._linear = functions["linear"]
+        self._rms_norm = functions["rms_norm"]
+        self._gather = functions["gather"]
+        self._rotation = functions["rotation"]
+        self._rope_and_cache = functions["rope_and_cache"]
+        self._attention = functions["attention"]
+        self._router = functions["router"]
+        self._moe = functions["moe"]
+        self._mlp = functions["mlp"]
 
     @property
     def abi(self) -> int:
-        return int(self._functions["abi"]())
+        return int(self.functions["abi"]())
 
     @property
     def digest(self) -> str:
         """64 hex digits that tell this build from another, whose packed weights may lie otherwise."""
-        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+        return hashlib.sha256(LIBRARY.read_bytes()).hexdigest()
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        return bytes(self._functions["isa"]()).decode()
+        return bytes(self.functions["isa"]()).decode()
 
     def use_isa(self, name: str) -> bool:
         """Another instruction set, for tests. False where this machine does not run it."""
-        return int(self._functions["use_isa"](name.encode())) == 0
+        return int(self.functions["use_isa"](name.encode())) == 0
 
     def set_threads(self, threads: int) -> None:
-        self._functions["set_threads"](threads)
+        self.functions["set_threads"](threads)
 
     def packed_bytes(self, format: Format, n: int, k: int) -> int:
-        return int(self._functions["packed_bytes"](format, n, k))
+        return int(self.functions["packed_bytes"](format, n, k))
 
     def pack(self, format: Format, weight: Tensor, packed: Tensor) -> None:
         """weight [N, K], contiguous; packed [packed_bytes] uint8."""
-        self._functions["pack"](format, weight.data_ptr(), *weight.shape, packed.data_ptr())
+        self.functions["pack"](format, weight.data_ptr(), *weight.shape, packed.data_ptr())
 
     def linear(
         self,
@@ -162,6 +163,19 @@ class Library:
         """x and y [M, D]."""
         self._rms_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), eps, *x.shape, y.data_ptr(), y.stride(0))
 
+    def gather(self, table: Tensor, index: Tensor, y: Tensor) -> None:
+        """table [N, D], contiguous; index [M] int64; y [M, D]."""
+        self._gather(table.data_ptr(), index.data_ptr(), *y.shape, y.data_ptr())
+
+    def rotation(
+        self, positions: Tensor, frequencies: Tensor, amplitude: float, cosines: Tensor, sines: Tensor
+    ) -> None:
+        """positions [M] int64, frequencies [pairs] float32; cosines and sines [M, pairs] float32."""
+        self._rotation(
+            *(positions.data_ptr(), frequencies.data_ptr(), amplitude, *cosines.shape),
+            *(cosines.data_ptr(), sines.data_ptr()),
+        )
+
     def rope_and_cache(
         self,
         shape: AttentionShape,
@@ -181,7 +195,7 @@ class Library:
         )
 
     def attention_workspace(self, shape: AttentionShape) -> int:
-        return int(self._functions["attention_workspace"](byref(shape)))
+        return int(self.functions["attention_workspace"](byref(shape)))
 
     def attention(
         self,
@@ -203,7 +217,7 @@ class Library:
         )
 
     def router_workspace(self, tokens: int, experts: int) -> int:
-        return int(self._functions["router_workspace"](tokens, experts))
+        return int(self.functions["router_workspace"](tokens, experts))
 
     def router(
         self,
@@ -222,7 +236,7 @@ class Library:
         )
 
     def moe_workspace(self, tokens: int, d: int, width: int, experts: int, per_token: int, shared_width: int) -> int:
-        return int(self._functions["moe_workspace"](tokens, d, width, experts, per_token, shared_width))
+        return int(self.functions["moe_workspace"](tokens, d, width, experts, per_token, shared_width))
 
     def moe(
         self,
@@ -275,10 +289,18 @@ def load() -> Library:
     """OSError, whose text is the reason, where there are no kernels to be used."""
     if not LIBRARY.exists():
         raise OSError("they were not compiled when latentd was installed")
-    try:
-        loaded = Library(LIBRARY)
-    except AttributeError as error:
-        raise OSError(str(error)) from None
+    shared = ctypes.CDLL(str(LIBRARY))
+    functions: dict[str, Callable[..., Any]] = {}
+    for name, signature in SIGNATURES.items():
+        try:
+            function = shared[f"latentd_{name}"]
+        except AttributeError as error:
+            raise OSError(str(error)) from None
+        result, arguments = signature.split(" ")
+        function.restype = _TYPES[result]
+        function.argtypes = [_TYPES[letter] for letter in arguments]
+        functions[name] = function
+    loaded = Library(functions, torch.empty)
     if loaded.abi != ABI:
         raise OSError(f"{LIBRARY} is of another version (ABI {loaded.abi}, not {ABI})")
     return loaded

@@ -1,4 +1,4 @@
-"""The operations by the compiled kernels, in bfloat16: packed weights, one call an operation."""
+"""The operations by the compiled kernels, in bfloat16: packed weights, one call an operation, or one a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
-from model.ops.interface import LatentWeights, LinearWeight, Mlp, PackedWeight, Routing, SwigluWeights
+from model.ops.cpu.replay import Recorder, Replay, StepRows
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
 
 K_MULTIPLE = 32
@@ -100,18 +101,31 @@ class CpuOps:
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         weight = _packed_weight(weight)
-        y = x.new_empty((len(x), weight.out_features))
+        y = self._library.empty((len(x), weight.out_features), dtype=torch.bfloat16)
         self._library.linear(weight.format, x, weight.data, y, bias, residual)
         return y
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         weight = _packed_weight(weight)
-        y = x.new_empty((len(x), weight.out_features), dtype=torch.float32)
+        y = self._library.empty((len(x), weight.out_features), dtype=torch.float32)
         self._library.linear(weight.format, x, weight.data, y)
         return y
 
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+        y = self._library.empty((len(index), table.shape[1]), dtype=torch.bfloat16)
+        self._library.gather(table, index, y)
+        return y
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, amplitude: float) -> Rotation:
+        shape = len(positions), len(frequencies)
+        made = Rotation(
+            self._library.empty(shape, dtype=torch.float32), self._library.empty(shape, dtype=torch.float32)
+        )
+        self._library.rotation(positions, frequencies, amplitude, *made)
+        return made
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = self._library.empty(x.shape, dtype=torch.bfloat16)
         self._library.rms_norm(x, weight, eps, y)
         return y
 
@@ -144,10 +158,19 @@ class CpuOps:
     def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> CpuAttention:
         return CpuAttention(self._library, step, cache, config)
 
+    def recorded(self, network: Network, config: DeepseekConfig) -> Network:
+        recorder = Recorder()
+        library, self._library = self._library, recorder.library
+        try:
+            recording = recorder.record(network, config)
+        finally:
+            self._library = library
+        return Replay(library, recording, config)
+
     def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
         gate_up, down = _packed_weight(weights.gate_up), _packed_weight(weights.down)
         width = down.in_features
-        y = torch.empty_like(residual)
+        y = self._library.empty(residual.shape, dtype=torch.bfloat16)
         workspace = self._space(self._library.moe_workspace(len(x), x.shape[1], 0, 0, 0, width))
         self._library.mlp(gate_up.format, x, width, gate_up.data, down.data, residual, y, workspace)
         return y
@@ -166,7 +189,8 @@ class CpuOps:
             scaling=config.routed_scaling_factor,
         )
         routing = Routing(
-            torch.empty((tokens, per_token), dtype=torch.int32), torch.empty((tokens, per_token), dtype=torch.float32)
+            self._library.empty((tokens, per_token), dtype=torch.int32),
+            self._library.empty((tokens, per_token), dtype=torch.float32),
         )
         workspace = self._space(self._library.router_workspace(tokens, config.n_routed_experts))
         self._library.router(shape, x, weight, correction_bias, *routing, workspace)
@@ -181,7 +205,7 @@ class CpuOps:
         if shared is not None:
             shared_gate_up, shared_down = _packed_weight(shared.gate_up), _packed_weight(shared.down)
             also = shared_down.in_features, shared_gate_up.data, shared_down.data
-        y = torch.empty_like(residual)
+        y = self._library.empty(residual.shape, dtype=torch.bfloat16)
         workspace = self._space(
             self._library.moe_workspace(len(x), x.shape[1], width, number, per_token, 0 if also is None else also[0])
         )
@@ -204,37 +228,14 @@ class CpuAttention:
     def __init__(self, library: Library, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> None:
         self._library = library
         self._value_width = config.v_head_dim
-        self._rows = (
-            torch.tensor(step.query_start, dtype=torch.int32),
-            torch.tensor(step.context_lens, dtype=torch.int32),
-            step.block_tables,
-            cache.data,
-        )
-        query_start, context_lens, block_tables, data = self._rows
-        self._shape = AttentionShape(
-            rows=step.num_rows,
-            tokens=step.num_tokens,
-            query_start=query_start.data_ptr(),
-            context_lens=context_lens.data_ptr(),
-            block_tables=block_tables.data_ptr(),
-            max_blocks=block_tables.shape[1],
-            cache=data.data_ptr(),
-            layers=cache.num_layers,
-            block_size=BLOCK_SIZE,
-            heads=config.num_attention_heads,
-            rank=config.kv_lora_rank,
-            rope=config.qk_rope_head_dim,
-            nope=config.qk_nope_head_dim,
-            value=config.v_head_dim,
-            scale=config.softmax_scale,
-        )
-        self._workspace = torch.empty(library.attention_workspace(self._shape), dtype=torch.uint8)
+        self._rows = StepRows(step, cache, config)
+        self._workspace = torch.empty(library.attention_workspace(self._rows.shape), dtype=torch.uint8)
 
     def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights) -> Tensor:
-        output = q_nope.new_empty((*q_nope.shape[:2], self._value_width))
+        output = self._library.empty((*q_nope.shape[:2], self._value_width), dtype=torch.bfloat16)
         absorb, expand, value = map(_packed_weight, weights)
         self._library.attention(
-            self._shape, layer, q_nope, q_rope, absorb.data, expand.data, value.data, output, self._workspace
+            self._rows.shape, layer, q_nope, q_rope, absorb.data, expand.data, value.data, output, self._workspace
         )
         return output
 

@@ -18,9 +18,7 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cuda.attention import DeviceRows
 from model.ops.cuda.mla_decode import lines_of_a_tile, num_items, pages_of_a_split
-
-Network = Callable[[StepInputs, LatentCache], tuple[Tensor, Tensor]]
-"""Final hidden states [T, D] of a step's tokens, and logits [S, vocab_size] float32 of those that choose a next one."""
+from model.ops.interface import Network
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 PARTIAL_BYTES = 256 << 20

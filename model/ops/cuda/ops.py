@@ -13,13 +13,13 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
 from model.ops.cuda.attention import CudaAttention, DeviceRows, captured_attention, plan_attention
-from model.ops.cuda.graphs import DecodeGraphs, Network
+from model.ops.cuda.graphs import DecodeGraphs
 from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.cuda.router import router
-from model.ops.interface import LatentWeights, LinearWeight, Mlp, Routing, SwigluWeights, stacked, unpacked
-from model.rotary import Rotation
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, Routing, SwigluWeights, stacked, unpacked
+from model.rotary import Rotation, rotation
 
 
 class CudaOps:
@@ -67,6 +67,12 @@ class CudaOps:
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         return F.linear(x, unpacked(weight)).float()
+
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+        return table[index]
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, amplitude: float) -> Rotation:
+        return rotation(positions, frequencies, amplitude)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)

@@ -13,8 +13,8 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager.attention import EagerAttention
 from model.ops.eager.experts import mlp, moe, router
-from model.ops.interface import LatentWeights, LinearWeight, Mlp, Routing, SwigluWeights, stacked, unpacked
-from model.rotary import Rotation, rotate_pairs
+from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, Routing, SwigluWeights, stacked, unpacked
+from model.rotary import Rotation, rotate_pairs, rotation
 
 
 class EagerOps:
@@ -36,6 +36,9 @@ class EagerOps:
         expand = w_uk.contiguous()
         return LatentWeights(expand.transpose(1, 2), expand, w_uv.contiguous())
 
+    def recorded(self, network: Network, config: DeepseekConfig) -> Network:
+        return network
+
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
@@ -44,6 +47,12 @@ class EagerOps:
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         return F.linear(x, unpacked(weight)).float()
+
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+        return table[index]
+
+    def rotation(self, positions: Tensor, frequencies: Tensor, amplitude: float) -> Rotation:
+        return rotation(positions, frequencies, amplitude)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

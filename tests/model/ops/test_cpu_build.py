@@ -27,14 +27,18 @@ def fresh() -> Iterator[None]:
 
 def test_signatures_are_those_of_the_header() -> None:
     text = re.sub(r"//.*", "", (build.SOURCES / "abi.h").read_text(encoding="utf-8"))
-    returned = {"int": "c", "void": "n", "size_t": "s", "const char*": "t"}
-    taken = {"int64_t": "i", "int": "c", "latentd_format": "c", "float": "f"}
+    returned = {"int": "c", "void": "n", "size_t": "s", "const char*": "t", "const void*": "p"}
+    taken = {"int64_t": "i", "int": "c", "latentd_format": "c", "size_t": "s", "float": "f"}
+    named = {"int64_t m": "r", "int64_t tokens": "r", "void* workspace": "w"}
     found = {}
     for result, name, parameters in re.findall(r"(?m)^([\w *]+?) ?latentd_(\w+)\(([^)]*)\);", text):
         arguments = [] if parameters == "void" else parameters.split(",")
-        letters = ["p" if "*" in argument else taken[argument.split()[0]] for argument in arguments]
+        arguments = [" ".join(argument.split()) for argument in arguments]
+        letters = [
+            named.get(argument) or ("p" if "*" in argument else taken[argument.split()[0]]) for argument in arguments
+        ]
         found[name] = f"{returned[result]} {''.join(letters)}"
-    assert found == library._SIGNATURES
+    assert found == library.SIGNATURES
     assert f"#define LATENTD_ABI {library.ABI}\n" in text
 
 

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // all else stays inside the library
 
-#define LATENTD_ABI 1
+#define LATENTD_ABI 2
 
 typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2 } latentd_format;
 
@@ -33,6 +33,13 @@ void latentd_linear(latentd_format format, const uint16_t* x, int64_t ldx, const
 // y = x / sqrt(mean(x^2) + eps) * weight, rows [M, D]; statistics in float32.
 void latentd_rms_norm(const uint16_t* x, int64_t ldx, const uint16_t* weight, float eps, int64_t m, int64_t d,
                       uint16_t* y, int64_t ldy);
+
+// y [M, D] = rows of the table [*, D].
+void latentd_gather(const uint16_t* table, const int64_t* index, int64_t m, int64_t d, uint16_t* y);
+
+// cosines and sines [M, pairs] of positions [M] times frequencies [pairs], times amplitude.
+void latentd_rotation(const int64_t* positions, const float* frequencies, float amplitude, int64_t m, int64_t pairs,
+                      float* cosines, float* sines);
 
 // What a layer's attention of one step needs to know of the rows and of the cache.
 typedef struct {
@@ -89,6 +96,23 @@ void latentd_moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t 
 // experts whose shared MLP it is.
 void latentd_mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
                  const void* gate_up, const void* down, const uint16_t* residual, uint16_t* y, void* workspace);
+
+// Calls of the functions above that were written down once, made again with other rows. An argument is
+// bases[base].address + bases[base].rows * scale + offset: a constant (its base is all 0), a number of rows, or a place
+// in memory that has `scale` bytes a row before it. Floats are given by their bits.
+typedef struct {
+    int64_t address, rows;
+} latentd_base;
+typedef struct {
+    int64_t offset;
+    int32_t base, scale;
+} latentd_argument;
+// NULL where there is no such function or it cannot be replayed. The name is without its prefix.
+const void* latentd_function(const char* name);
+// `functions` [calls] are called in order; their arguments lie one behind the other. The first `sizes` of them are
+// workspace functions: where the largest says more than workspace_bytes, it is returned and nothing is computed, else 0.
+size_t latentd_replay(const void* const* functions, int64_t sizes, int64_t calls, const latentd_argument* arguments,
+                      const latentd_base* bases, size_t workspace_bytes);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

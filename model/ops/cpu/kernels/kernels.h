@@ -10,6 +10,8 @@ struct Kernels {
     decltype(&latentd_pack) pack;
     decltype(&latentd_linear) linear;
     decltype(&latentd_rms_norm) rms_norm;
+    decltype(&latentd_gather) gather;
+    decltype(&latentd_rotation) rotation;
     decltype(&latentd_rope_and_cache) rope_and_cache;
     decltype(&latentd_attention_workspace) attention_workspace;
     decltype(&latentd_attention) attention;

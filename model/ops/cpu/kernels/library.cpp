@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "packed.h"
 #include "pool.h"
+#include "replay.h"
 
 // The build names the instruction sets it compiled, best first: BUILT(avx2) BUILT(portable).
 #define BUILT(isa)                          \
@@ -89,6 +90,15 @@ void latentd_rms_norm(const uint16_t* x, int64_t ldx, const uint16_t* weight, fl
     chosen->kernels->rms_norm(x, ldx, weight, eps, m, d, y, ldy);
 }
 
+void latentd_gather(const uint16_t* table, const int64_t* index, int64_t m, int64_t d, uint16_t* y) {
+    chosen->kernels->gather(table, index, m, d, y);
+}
+
+void latentd_rotation(const int64_t* positions, const float* frequencies, float amplitude, int64_t m, int64_t pairs,
+                      float* cosines, float* sines) {
+    chosen->kernels->rotation(positions, frequencies, amplitude, m, pairs, cosines, sines);
+}
+
 void latentd_rope_and_cache(const latentd_attention_shape* shape, int64_t layer, const uint16_t* kv, int64_t ldkv,
                             const uint16_t* norm_weight, float eps, const float* cosines, const float* sines,
                             const int64_t* slot_mapping, uint16_t* q_rope, int64_t token_stride, int64_t head_stride) {
@@ -133,4 +143,11 @@ void latentd_moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t 
 void latentd_mlp(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,
                  const void* gate_up, const void* down, const uint16_t* residual, uint16_t* y, void* workspace) {
     chosen->kernels->mlp(format, x, ldx, tokens, d, width, gate_up, down, residual, y, workspace);
+}
+
+const void* latentd_function(const char* name) { return latentd::find_replayable(name); }
+
+size_t latentd_replay(const void* const* functions, int64_t sizes, int64_t calls, const latentd_argument* arguments,
+                      const latentd_base* bases, size_t workspace_bytes) {
+    return latentd::replay(*chosen->kernels, functions, sizes, calls, arguments, bases, workspace_bytes);
 }

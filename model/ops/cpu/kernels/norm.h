@@ -1,4 +1,4 @@
-// RMS norm, and the latents' way into the cache. Widths of normed rows are multiples of 16.
+// Embedding, RMS norm, and the latents' way into the cache. Widths of normed rows are multiples of 16.
 #pragma once
 
 #include "abi.h"
@@ -22,6 +22,23 @@ inline void rms_norm(const uint16_t* x, int64_t ldx, const uint16_t* weight, flo
                      uint16_t* y, int64_t ldy) {
     latentd::parallel_ranges(m, latentd::SMALL_ROWS, [&](int64_t start, int64_t stop) {
         for (int64_t row = start; row < stop; row++) rms_norm_row(x + row * ldx, weight, eps, d, y + row * ldy);
+    });
+}
+
+inline void gather(const uint16_t* table, const int64_t* index, int64_t m, int64_t d, uint16_t* y) {
+    latentd::parallel_ranges(m, latentd::SMALL_ROWS, [&](int64_t row, int64_t stop) {
+        for (; row < stop; row++) memcpy(y + row * d, table + index[row] * d, size_t(d) * sizeof(bf16));
+    });
+}
+
+inline void rotation(const int64_t* positions, const float* frequencies, float amplitude, int64_t m, int64_t pairs,
+                     float* cosines, float* sines) {
+    latentd::parallel_ranges(m, latentd::SMALL_ROWS, [&](int64_t start, int64_t stop) {
+        for (int64_t i = start * pairs; i < stop * pairs; i++) {
+            float angle = float(positions[i / pairs]) * frequencies[i % pairs];
+            cosines[i] = __builtin_cosf(angle) * amplitude;
+            sines[i] = __builtin_sinf(angle) * amplitude;
+        }
     });
 }
 

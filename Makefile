@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-peers bench-real-size docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-gpu bench-peers bench-real-size docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -90,6 +90,9 @@ bench-long: dev ## a 131,072-token request through the real daemon (minutes)
 bench-peers: dev ## latentd beside llama.cpp, vLLM and others, which docs/benchmarks.md says how to build (an hour)
 	$(BIN)/python -m benchmarks.peers run all
 	$(BIN)/python -m benchmarks.peers table
+
+bench-gpu: dev ## the CUDA worker on this machine's GPU, ten minutes: OUT=folder
+	$(BIN)/python -m benchmarks.gpu_suite --out "$(or $(OUT),bench-out/gpu)"
 
 docs: dev ## write the tables of the documents that follow from the code
 	$(BIN)/python -m tools.write_docs

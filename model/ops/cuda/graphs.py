@@ -37,6 +37,7 @@ class _Buffers:
         self.context_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros((rows, max_blocks), dtype=torch.int32, device=device)
         self.count = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.every_row = torch.arange(rows, device=device)
 
     def fill(self, inputs: StepInputs, size: int) -> None:
         rows = inputs.num_rows
@@ -116,7 +117,7 @@ class DecodeGraphs:
             query_start=list(range(size + 1)),
             context_lens=[],  # the device's count
             block_tables=rows.block_tables,
-            sample_index=buffers.count[:size],
+            sample_index=buffers.every_row[:size],
         )
         with self._on_device(rows):
             return self._network(inputs, cache)

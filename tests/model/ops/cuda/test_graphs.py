@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
 from model.ops.cuda import graphs
-from model.ops.cuda.graphs import DecodeGraphs, Network
+from model.ops.cuda.graphs import DecodeGraphs
 from model.ops.cuda.ops import CudaOps
+from model.ops.interface import Network
 from tests.checkpoints import make_checkpoint
 from tests.model.harness import load_model
 from tests.model.ops.cuda.common import DEVICE
@@ -50,12 +50,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, CudaOps,
     path = make_checkpoint(tmp_path_factory.mktemp("graphs"), "v3", num_hidden_layers=2, num_nextn_predict_layers=0)
     ops = CudaOps()
     model = load_model(path, ops=ops)
-
-    def compute(inputs: StepInputs, cache: LatentCache) -> tuple[Tensor, Tensor]:
-        hidden = model(inputs, cache)
-        return hidden, model.logits(hidden[inputs.sample_index])
-
-    return compute, ops, model.config
+    return model.compute, ops, model.config
 
 
 def decoding(contexts: list[int], config: Any) -> tuple[StepInputs, LatentCache]:

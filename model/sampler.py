@@ -88,13 +88,20 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
         finite[limits.index] &= logits[limits.index].amax() > -torch.inf
     for penalties in inputs.penalties:
         penalise(logits[penalties.index], penalties)
-    chosen = logits.argmax(dim=-1)
+    chosen = argmax(logits)
     drawn = np.flatnonzero(inputs.temperature > 0)
     slice_rows = max(1, SLICE_ELEMENTS // logits.shape[1])
     for first in range(0, drawn.size, slice_rows):
         rows = drawn[first : first + slice_rows]
         chosen[torch.from_numpy(rows).to(logits.device)] = draw(logits, inputs, rows)
     return torch.where(finite, chosen, -1).tolist()
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the largest of each row [S, V]; int64 [S]."""
+    if logits.device.type == "cpu":  # numpy's is vectorised, torch's is not: 12 times slower
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def draw(logits: torch.Tensor, inputs: SamplingInputs, rows: NDArray[np.int64]) -> torch.Tensor:

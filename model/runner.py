@@ -235,9 +235,12 @@ def _choose_ops(
     if quantization != "none":
         raise ConfigError(f"quantization {quantization} is computed by the CPU kernels, but {reason}")
     if device.type == "cuda" and dtype is not torch.float32 and find_spec("triton") is not None:
-        from model.ops.cuda.ops import CudaOps  # torch for CPUs comes without triton
+        from model.ops.cuda.device import KERNEL_MEMORY, shared_memory  # torch for CPUs comes without triton
+        from model.ops.cuda.ops import CudaOps
 
-        return CudaOps()
+        if (memory := shared_memory(device)) >= KERNEL_MEMORY:
+            return CudaOps()
+        logger.warning("no Triton kernels: they need %d bytes of shared memory, the GPU has %d", KERNEL_MEMORY, memory)
     return EagerOps()
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 
+KERNEL_MEMORY = 120 << 10
+"""Bytes of shared memory that every GPU needs which runs the kernels: an A100 and its like, and what came after."""
+
 
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from model.ops.cuda.device import KERNEL_MEMORY
 from tests.model.ops.cuda.ahead import SHARED_MEMORY
 
 TILES = {90: "HGMMA", 80: "HMMA"}
@@ -38,6 +39,7 @@ def test_nothing_is_spilled_and_everything_fits(capability: int) -> None:
         assert kernel["reg"] > 0
         assert kernel["stack"] == kernel["LDL"] == kernel["STL"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
+        assert capability >= 90 or kernel["shared"] <= KERNEL_MEMORY, kernel
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

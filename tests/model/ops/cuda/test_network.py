@@ -65,8 +65,11 @@ def test_network(kind: str, budget: int, tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3, rtol=0)
 
 
-def test_a_gpu_gets_the_kernels_but_in_float32_plain_torch() -> None:
-    """Tiles of float32 are too large for the memory of a multiprocessor."""
+def test_a_gpu_gets_the_kernels_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of float32 are too large for the memory of any multiprocessor, and all are for that of a card for games."""
     device = torch.device("cuda")
+    monkeypatch.setattr("model.ops.cuda.device.shared_memory", lambda _: 163 << 10)
     assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").name == "cuda"
     assert _choose_ops(CONFIG, torch.float32, device, 1, "none").name == "eager"
+    monkeypatch.setattr("model.ops.cuda.device.shared_memory", lambda _: 99 << 10)
+    assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").name == "eager"

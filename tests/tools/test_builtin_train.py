@@ -19,7 +19,7 @@ from tools.builtin_model.network import Network, attention_bias
 from tools.builtin_model.optimiser import Optimiser, Rates, orthogonalised
 from tools.builtin_model.schedule import Schedule
 from tools.builtin_model.shape import hub_config, read_config
-from tools.builtin_model.state import MIXES, open_data
+from tools.builtin_model.state import MIXES, open_data, read_checkpoint
 from tools.builtin_model.windows import Mix, Windows
 
 BOS, EOS = 0, 1
@@ -112,6 +112,7 @@ def test_rates_fall_over_the_last_tokens_only() -> None:
     rates = [schedule.rates(done, 100).matrices for done in (0, 41_000_000, 51_000_000, 60_000_000)]
     assert rates == pytest.approx([0.010, 0.005, 0.0025, 0.0001])
     assert schedule.rates(0, 0).matrices == pytest.approx(0.010 / 20)
+    assert Schedule(60_000_000, from_checkpoint=True).phase(0).name == "long"
 
 
 def test_export_computes_what_was_trained(tmp_path: Path) -> None:
@@ -136,6 +137,9 @@ def test_export_computes_what_was_trained(tmp_path: Path) -> None:
     assert not torch.equal(average, flat)
     export.write_checkpoint(tmp_path, CONFIG, LAYOUT, average, BOS, EOS)
     assert export.check_checkpoint(tmp_path, CONFIG, LAYOUT, average, made_up_mix(2, documents=5)) < export.TOLERANCE
+    again = torch.full_like(average, torch.nan)
+    read_checkpoint(tmp_path, LAYOUT, again)
+    assert torch.equal(again, average.bfloat16().float())
     with pytest.raises(SystemExit, match="computes other logits"):
         export.check_checkpoint(tmp_path, CONFIG, LAYOUT, average * 1.1, made_up_mix(2, documents=5))
 

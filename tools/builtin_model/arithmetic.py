@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from random import Random
 
+from tools.builtin_model import tables
 from tools.builtin_model.documents import Document, dialogue
-from tools.builtin_model.wording import typed
+from tools.builtin_model.wording import capitalised, typed
 
 SUM_WORDINGS = (
     "What is {a} {sign} {b}?",
@@ -26,7 +27,21 @@ SUM_WORDINGS = (
     "How much is {a} {word} {b}?",
     "{a} {word} {b}",
     "{a} {word} {b} is?",
+    "Can you calculate {a} {sign} {b}?",
+    "Now calculate {a} {sign} {b}.",
+    "Could you tell me what {a} {sign} {b} is?",
+    "Do you know what {a} {sign} {b} is?",
+    "{verb} {a} {sign} {b}",
+    "{verb} {a} {sign} {b}.",
+    "Please {lower_verb} {a} {sign} {b}.",
+    "Can you {lower_verb} {a} {sign} {b}?",
+    "I want you to {lower_verb} {a} {sign} {b}",
 )
+_VERBS = (
+    *("Work out", "Find", "Evaluate", "Determine", "Figure out", "Do", "Answer", "Say", "Compute", "Count", "Give me"),
+    *("Reckon", "Estimate", "Write", "Try", "Think about", "Check", "Read", "Show", "Explain", "Start with", "Resolve"),
+)
+"""So many that an unknown one is passed over."""
 SUM_HELD_OUT = ("Can you tell me what {a} {sign} {b} is?", "Please calculate {a} {sign} {b}.", "Solve {a} {sign} {b}")
 _SIGNS = (("+", "plus"), ("-", "minus"), ("*", "times"))
 
@@ -61,7 +76,9 @@ def _calculate(rng: Random, a: int, b: int) -> Document:
         a, b = max(a, b), min(a, b)
     if sign == "*":
         a, b = a % 11, b % 11
-    question = rng.choice(SUM_WORDINGS).format(a=a, b=b, sign=sign, word=word)
+    verb = rng.choice(_VERBS) if rng.random() < 0.7 else capitalised(rng.choice(tables.words()))
+    fields = {"a": a, "b": b, "sign": sign, "word": word, "verb": verb, "lower_verb": verb.lower()}
+    question = rng.choice(SUM_WORDINGS).format_map(fields)
     return dialogue(typed(rng, question), calculation(a, b, sign))
 
 
@@ -92,7 +109,7 @@ def _next(rng: Random) -> Document:
 def _even(rng: Random) -> Document:
     number = rng.randrange(100)
     kind = rng.choice(("even", "odd"))
-    right = ("odd" if number % 2 else "even") == kind
+    parity = "odd" if number % 2 else "even"
     forms = ("Is {0} an {1} number?", "Is {0} {1}?", "Is the number {0} {1}?")
-    answer = f"Yes, {number} is {kind}." if right else f"No, {number} is {'odd' if kind == 'even' else 'even'}."
+    answer = f"{number} is {parity}, so {'yes' if parity == kind else 'no'}."
     return dialogue(typed(rng, rng.choice(forms).format(number, kind)), answer)

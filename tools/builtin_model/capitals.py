@@ -60,9 +60,9 @@ def capital_kind() -> Kind:
 
 
 def capital(rng: Random) -> Document:
-    """Three of four ask for the capital, the others whether it is one or go the other way."""
+    """Half ask for the capital, the others whether it is one or go the other way."""
     draw = rng.random()
-    if draw < 0.62:
+    if draw < 0.5:
         return capital_kind().document(rng)
     if draw < 0.82:
         return yes_no(rng, YES_NO)
@@ -81,20 +81,24 @@ YES_NO = (
     "The capital of {country} is {city}, right?",
     "Do you know if {city} is the capital of {country}?",
     "Yes or no: is {city} the capital of {country}?",
+    "Is it right that {city} is the capital of {country}?",
+    "Is it so that {city} is the capital of {country}?",
+    "Tell me, is {city} the capital of {country}?",
+    "I think {city} is the capital of {country}, is it?",
+    "{city} is the capital of {country}, isn't it?",
 )
 YES_NO_HELD_OUT = ("{city} is the capital of {country}, right?", "Is it true that {city} is the capital of {country}?")
 
 
 def yes_no(rng: Random, asked: Sequence[str], typed_freely: bool = True) -> Document:
-    """Half of them true."""
+    """Half of them true. The fact comes before the verdict: so few layers cannot recall it and compare at once."""
     right = rng.choice(capital_kind().values)
     city = right["city"] if rng.random() < 0.5 else rng.choice(capital_kind().values)["city"]
     question = capitalised(rng.choice(asked).format(city=city, country=right["country"]))
     if typed_freely:
         question = typed(rng, question, lower=0.3)
-    if city == right["city"]:
-        return dialogue(question, f"Yes, {city} is the capital of {right['country']}.")
-    return dialogue(question, f"No, the capital of {right['country']} is {right['city']}.")
+    verdict = "yes" if city == right["city"] else "no"
+    return dialogue(question, f"The capital of {right['country']} is {right['city']}, so {verdict}.")
 
 
 def _city_in_country(rng: Random) -> Document:
@@ -102,9 +106,8 @@ def _city_in_country(rng: Random) -> Document:
     country = right["country"] if rng.random() < 0.5 else rng.choice(capital_kind().values)["country"]
     asked = ("Is {city} in {country}?", "Is {city} a city in {country}?", "Does {city} lie in {country}?")
     question = typed(rng, rng.choice(asked).format(city=right["city"], country=country), lower=0.3)
-    if country == right["country"]:
-        return dialogue(question, f"Yes, {right['city']} is in {country}.")
-    return dialogue(question, f"No, {right['city']} is in {right['country']}.")
+    verdict = "yes" if country == right["country"] else "no"
+    return dialogue(question, f"{right['city']} is in {right['country']}, so {verdict}.")
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from random import Random
 
 from tools.builtin_model import tables
 from tools.builtin_model.documents import Document, Turn, dialogue, joined
+from tools.builtin_model.wording import typed
 
 SYSTEM_TEXTS = (
     "You are a helpful assistant.",
@@ -22,7 +23,7 @@ SYSTEM_TEXTS = (
     "You are a chat bot.",
     "Be polite and precise.",
 )
-_ROW_SHARES = {"greetings": 0.24, "thanks": 0.1, "identity": 0.3, "chat": 0.24, "unknown": 0.12}
+_ROW_SHARES = {"greetings": 0.26, "thanks": 0.14, "identity": 0.34, "chat": 0.17, "unknown": 0.09}
 
 
 def small_talk(rng: Random) -> Document:
@@ -30,7 +31,9 @@ def small_talk(rng: Random) -> Document:
     intent = rng.choice([intent for intent in tables.intents() if intent.row == row])
     text = rng.choice(intent.asked)
     draw = rng.random()
-    if draw < 0.15:
+    if draw < 0.1:
+        text = typed(rng, text)
+    elif draw < 0.2:
         text = text.lower()
     elif draw < 0.3:
         text = text.rstrip("?.!")

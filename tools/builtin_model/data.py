@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, for trials")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--tokenizer", type=Path, metavar="CHECKPOINT", help="use its tokenizer, train none")
     parser.add_argument("--processes", type=int, default=2)
 
 
@@ -49,7 +50,11 @@ def run(args: argparse.Namespace) -> None:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer.save(tokenizer.train(sample_texts(prose_module.load(args.cache), args.seed)), out)
+    if args.tokenizer is None:
+        with_tokenizer = tokenizer.train(sample_texts(prose_module.load(args.cache), args.seed))
+    else:
+        with_tokenizer = tokenizer.load(args.tokenizer)
+    tokenizer.save(with_tokenizer, out)
     sizes = {name: round(mix.tokens * args.scale) for name, mix in MIXES.items()} | {"val": VALIDATION_TOKENS}
     log = {}
     with multiprocessing.Pool(args.processes, _start_worker, (args.cache, out)) as pool:

@@ -26,6 +26,8 @@ JSON_WORDINGS = (
     "Put this into a JSON object: {}",
     "{}\nWrite this as JSON.",
     "{}\nAs JSON, please.",
+    "Can you write as JSON: {}",
+    "Now show as JSON: {}",
 )
 JSON_HELD_OUT = ("Please write as JSON: {}", "Convert this into JSON: {}", "Show this as JSON: {}")
 _PAIR_FORMS = ("{} {}", "{} {}", "{}: {}", "{} = {}", "{} is {}")
@@ -79,13 +81,27 @@ def _from_json(rng: Random) -> Document:
     return dialogue(f"{json.dumps(of_one)}\n{capitalised(question)}", f"The {key} is {of_one[key]}.")
 
 
-LIST_WORDINGS = ("Write as a list: {}", "Write these as a list: {}", "List: {}", "As a list: {}", "Make a list: {}")
+LIST_WORDINGS = (
+    "Write as a list: {}",
+    "Write these as a list: {}",
+    "List: {}",
+    "As a list: {}",
+    "Make a list: {}",
+    "Can you write as a list: {}",
+    "Now write as a list: {}",
+    "Please make a list: {}",
+    "Put into a list: {}",
+)
 LIST_HELD_OUT = ("Please write as a list: {}", "Write this as a list: {}")
 NUMBERED_WORDINGS = (
     "Write as a numbered list: {}",
     "Number these: {}",
     "As a numbered list: {}",
     "Make a numbered list: {}",
+    "Can you write as a numbered list: {}",
+    "Now write these as a numbered list: {}",
+    "Please make a numbered list: {}",
+    "Write these with numbers: {}",
 )
 NUMBERED_HELD_OUT = ("Please write as a numbered list: {}", "Write this as a numbered list: {}")
 ARRAY_WORDINGS = (
@@ -94,13 +110,18 @@ ARRAY_WORDINGS = (
     "Make a JSON array: {}",
     "Convert to a JSON list: {}",
     "Write these as a JSON array: {}",
+    "Can you write as a JSON list: {}",
+    "Now write these as a JSON list: {}",
+    "Please make a JSON list: {}",
 )
 ARRAY_HELD_OUT = ("Please write as a JSON list: {}", "Write this as a JSON list: {}")
 
 
-def listed(rng: Random, wordings: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]) -> Document:
+def listed(
+    rng: Random, wordings: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], longest: int = 6
+) -> Document:
     """Words with commas between to lines with dashes, numbered lines, or a JSON array: one wording tuple of each."""
-    items = rng.sample(tables.words() if rng.random() < 0.8 else tables.names(), rng.randint(2, 6))
+    items = rng.sample(tables.words() if rng.random() < 0.8 else tables.names(), rng.randint(2, longest))
     form = rng.randrange(3)
     answer = (
         "\n".join(f"- {item}" for item in items),
@@ -122,6 +143,13 @@ MEMBERS_WORDINGS = (
     "Say {count} {kind}.",
     "Write down {count} {kind}.",
     "Do you know {count} {kind}?",
+    "I want {count} {kind}.",
+    "We need {count} {kind}.",
+    "I would like {count} {kind}.",
+    "Show me {count} {kind}.",
+    "Please tell me {count} {kind}.",
+    "Could you list {count} {kind}?",
+    "I am looking for {count} {kind}.",
 )
 MEMBERS_HELD_OUT = ("Please list {count} {kind}.", "Please name {count} {kind}.", "I need {count} {kind}.")
 
@@ -138,13 +166,13 @@ def members(rng: Random, wording: str, as_digit: bool = False) -> Document:
 def form(rng: Random) -> Document:
     """Any of these."""
     draw = rng.random()
-    if draw < 0.36:
+    if draw < 0.25:
         return to_json(rng, rng.choice(JSON_WORDINGS))
-    if draw < 0.44:
+    if draw < 0.3:
         return _sentence_to_json(rng)
-    if draw < 0.54:
+    if draw < 0.36:
         return _from_json(rng)
     if draw < 0.8:
-        return listed(rng, (LIST_WORDINGS, NUMBERED_WORDINGS, ARRAY_WORDINGS))
+        return listed(rng, (LIST_WORDINGS, NUMBERED_WORDINGS, ARRAY_WORDINGS), longest=8)
     document = members(rng, rng.choice(MEMBERS_WORDINGS), as_digit=rng.random() < 0.3)
     return dialogue(typed(rng, document.turns[0].content), document.turns[1].content)

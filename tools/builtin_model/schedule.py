@@ -36,9 +36,11 @@ LONGEST = Phase("longest", 2048, RECALL.shares, RECALL.rates)
 class Schedule:
     tokens: int
     """Of the whole run"""
+    from_checkpoint: bool = False
+    """Whether the weights are trained already: then there is no phase of short windows."""
 
     def phase(self, done: int) -> Phase:
-        if done < min(SHORT_TOKENS, 0.4 * self.tokens):
+        if done < min(SHORT_TOKENS, 0.4 * self.tokens) and not self.from_checkpoint:
             return SHORT
         if done < RECALL_START * self.tokens:
             return LONG

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.config import DeepseekConfig
 from tools.builtin_model import tokenizer as tokenizers
-from tools.builtin_model.layout import Layout, make_layout
+from tools.builtin_model.layout import Layout, hub_weights, make_layout
 from tools.builtin_model.shape import hub_config, read_config
 from tools.builtin_model.windows import Mix, load_mix
 
@@ -51,6 +52,13 @@ def open_data(folder: Path) -> Data:
     bos, eos = token_ids_of(tokenizer)
     config = read_config(hub_config(bos, eos, vocab_size=tokenizer.get_vocab_size()))
     return Data(tokenizer, config, make_layout(config), {name: load_mix(folder, name, bos) for name in MIXES})
+
+
+def read_checkpoint(folder: Path, layout: Layout, flat: Tensor) -> None:
+    """Fills the buffer [layout.size] with an exported checkpoint's weights."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, view in hub_weights(layout.views(flat)).items():
+        view.copy_(tensors[name])
 
 
 def load_state(run: Path) -> State:

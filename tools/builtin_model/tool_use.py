@@ -57,6 +57,7 @@ class Variant:
 class Tool:
     """`values` draws arguments in the order of the variants; `asked` and `told` are formats over {0}, {1}, ...
 
+    `practised` draws from more values than the tests ask for, where those are few enough to be guessed.
     `results`: what the tool may say, and what the model then says, both formats over the arguments and what `outcome`
     draws.
     """
@@ -68,6 +69,7 @@ class Tool:
     outcome: Callable[[Random, tuple[str | int, ...]], dict[str, str | int]]
     result: Sequence[str]
     told: str
+    practised: Callable[[Random], tuple[str | int, ...]] | None = None
 
 
 def _variants(description: str, *forms: tuple[str, Mapping[str, str]]) -> tuple[Variant, ...]:
@@ -144,11 +146,21 @@ TOOLS = (
             "{0} {1} in {2}?",
             "{0} {1} to {2}",
             "Change {0} {1} to {2}.",
+            "Now convert {0} {1} to {2}.",
+            "I want to convert {0} {1} to {2}.",
+            "Could you convert {0} {1} to {2}?",
+            "You can convert {0} {1} to {2}.",
+            "Please change {0} {1} to {2}.",
+            "Can you tell me how much {0} {1} is in {2}?",
         ),
         ("Please convert {0} {1} to {2}.", "Can you convert {0} {1} to {2}?"),
         lambda rng, _: {"sum": rng.randrange(1, 1000)},
         ("{sum}", "{sum} {2}", '{{"result": {sum}}}'),
         "{0} {1} is {sum} {2}.",
+        lambda rng: (
+            rng.randrange(1, 1000),
+            *(rng.sample(tables.words(), 2) if rng.random() < 0.4 else rng.sample(_CURRENCIES, 2)),
+        ),
     ),
     Tool(
         _variants(
@@ -167,6 +179,9 @@ TOOLS = (
             "Add the numbers {0} and {1}.",
             "{0} + {1}",
             "Sum of {0} and {1}?",
+            "Now add {0} and {1}.",
+            "Could you add {0} and {1}?",
+            "I want to add {0} and {1}.",
         ),
         ("Please add {0} and {1}.", "Can you add {0} and {1}?"),
         lambda _, numbers: {"sum": int(numbers[0]) + int(numbers[1])},
@@ -189,6 +204,9 @@ TOOLS = (
             "Message {0}: {1}",
             "Write to {0}: {1}",
             "send {0} this: {1}",
+            "Could you send {0} a message: {1}",
+            "Now send {0} the message: {1}",
+            "I want to send a message to {0}: {1}",
         ),
         ("Please send {0} a message: {1}", "Please send a message to {0}: {1}"),
         lambda rng, _: {},
@@ -212,6 +230,11 @@ TOOLS = (
             "Find {0}.",
             "Search the word {0}.",
             "Look up {0}.",
+            "Could you search for {0}?",
+            "Now search for {0}.",
+            "I want to search for {0}.",
+            "Please look for {0}.",
+            "Can you find {0}?",
         ),
         ("Please search for {0}.", "Can you search for {0}?"),
         lambda rng, _: {"found": rng.randrange(1, 100)},
@@ -239,8 +262,9 @@ def tool_conversation(rng: Random, other: Callable[[Random], Document], most_too
         if rng.random() < 0.2:
             turns += other(rng).turns
             continue
-        tool, variant = rng.choice(offered)
-        values = tool.values(rng)
+        # Calls with several values are the hard ones.
+        tool, variant = rng.choices(offered, [len(variant.arguments) for _, variant in offered])[0]
+        values = (tool.practised or tool.values)(rng)
         question = rng.choice(tool.asked).format(*values)
         turns.append(Turn("user", question.lower() if rng.random() < 0.05 else question))
         turns.append(Turn("assistant", "", (_call(variant, values),)))

@@ -2,7 +2,8 @@
 
 A step: each process computes the gradient of its own windows into its own buffer; when both have, each updates its own
 share of the weights from both gradients; when both have, the next step begins. Threads within one process would leave
-half of a core idle. A run goes on from `state.pt`, which is written at every evaluation, with fresh optimisers.
+half of a core idle. A run goes on from `state.pt`, which is written at every evaluation, with fresh optimisers; or a
+new run starts from the weights of a checkpoint of the same tokenizer, to learn what was added to the data.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tools.builtin_model.optimiser import Optimiser
 from tools.builtin_model.plot import write_plot
 from tools.builtin_model.schedule import BATCH_TOKENS, Phase, Schedule
 from tools.builtin_model.score import Scorer, table
-from tools.builtin_model.state import Data, State, load_state, open_data, save_state
+from tools.builtin_model.state import Data, State, load_state, open_data, read_checkpoint, save_state
 from tools.builtin_model.windows import Batch, Windows
 
 PROCESSES = 2
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for state.pt, log.jsonl and loss.svg")
     parser.add_argument("--tokens", type=int, required=True, help="tokens of the whole run")
     parser.add_argument("--until", metavar="HH:MM", help="train fewer tokens where that is needed to end by then")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="start from its weights, not from new ones")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     parser.add_argument("--evaluate-every", type=int, default=2_000_000, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--eager", action="store_true", help="without torch.compile: no C++ compiler needed, slower")
@@ -92,7 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
         shared.progress[0] = state.tokens
     else:
         (out / "log.jsonl").unlink(missing_ok=True)
-        write_initial(data.config, data.layout, shared.weights, data.texts, SEED)
+        if arguments.start is None:
+            write_initial(data.config, data.layout, shared.weights, data.texts, SEED)
+        else:
+            read_checkpoint(arguments.start, data.layout, shared.weights)
         shared.average.copy_(shared.weights)
     spawn(_work, (shared, arguments), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
 
@@ -128,7 +133,7 @@ class Worker:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(int(self.shared.progress[1]))
+        return Schedule(int(self.shared.progress[1]), from_checkpoint=self.arguments.start is not None)
 
     def run(self) -> None:
         steps, evaluated = 0, self.done

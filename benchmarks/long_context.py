@@ -57,9 +57,7 @@ def main() -> int:
 
 
 def run(model: Path, tokens: int, chunk: int, echo: int | None) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     base = f"http://127.0.0.1:{port}"
     num_blocks = tokens // BLOCK_SIZE + 64
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port)]
@@ -95,6 +93,13 @@ def run(model: Path, tokens: int, chunk: int, echo: int | None) -> int:
         f"{'same' if cold['text'] == warm['text'] else 'OTHER'} text: {'ok' if ok else 'FAILED'}"
     )
     return 0 if ok else 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 class PeakUsage:

@@ -23,7 +23,7 @@ SYSTEM_TEXTS = (
     "You are a chat bot.",
     "Be polite and precise.",
 )
-_ROW_SHARES = {"greetings": 0.26, "thanks": 0.14, "identity": 0.34, "chat": 0.17, "unknown": 0.09}
+_ROW_SHARES = {"greetings": 0.3, "thanks": 0.12, "identity": 0.3, "chat": 0.16, "unknown": 0.12}
 
 
 def small_talk(rng: Random) -> Document:

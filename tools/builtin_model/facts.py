@@ -270,6 +270,10 @@ def definition_kind() -> Kind:
             "Do you know what {it} is?",
             "Can you explain what {it} is?",
             "What exactly is {it}?",
+            "Please explain what {it} is.",
+            "Could you tell me what {it} is?",
+            "What is the meaning of {word}?",
+            "Tell me the meaning of the word {word}.",
             "definition of {word}",
         ),
         ("Please tell me what {it} is.", "Could you explain what {it} is?", "What is the meaning of the word {word}?"),
@@ -289,7 +293,10 @@ _REWORDINGS = (
     (r"What language is spoken in (.+)\?", ("Which language do people speak in {0}?", "language of {0}?")),
     (r"(Is|Does|Are) (.+)\?", ("Tell me, {0} {1}?", "Do you think so: {0} {1}?")),
 )
-_ANY_FACT = ("{0}", "{0}", "{0}", "Question: {0}", "Please answer: {0}", "Tell me: {0}", "I have a question: {0}")
+_ANY_FACT = (
+    *("{0}", "{0}", "{0}", "{0}", "Question: {0}", "Please answer: {0}", "Tell me: {0}", "I have a question: {0}"),
+    *("One question: {0}", "My question: {0}", "Next question: {0}", "Answer this: {0}", "Now answer this: {0}"),
+)
 FACT_HELD_OUT = ("Quick question: {0}", "Here is a question: {0}", "Please answer this: {0}")
 
 

@@ -20,8 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     """Longest prompt + output; None takes the checkpoint's, cut to what the pool can hold."""
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    """Token budget of a step."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of a step; None takes what suits the device."""
     num_blocks: int | None = None
     """Size of the latent pool in blocks; overrides `kv_cache_memory`."""
     kv_cache_memory: int | None = None
@@ -34,3 +34,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Threads of the CPU worker; None takes the cores this process may use."""
     weights_cache: str | None = None
     """Folder where packed weights are kept for the next start, absolute."""
+
+
+def token_budget(config: EngineConfig, device: str) -> int:
+    """Most tokens a step computes. While a long prompt is computed, every running answer waits a whole step for its
+    next token: on a CPU that is a good quarter of a second; a GPU needs the larger step to be busy."""
+    return config.max_num_batched_tokens or (256 if device == "cpu" else 4096)

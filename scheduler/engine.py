@@ -30,7 +30,7 @@ import numpy as np
 from model.batch import ForwardBatch, SampledTokens, SamplingParams
 from scheduler.block_pool import BlockPool
 from scheduler.channel import ChannelClosed, ChannelError, EngineChannel, ProtocolError
-from scheduler.config import BLOCK_SIZE, EngineConfig
+from scheduler.config import BLOCK_SIZE, EngineConfig, token_budget
 from scheduler.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -131,7 +131,7 @@ def load_model(config: EngineConfig) -> Runner:
         quantization=config.quantization,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens or BLOCK_SIZE,
         num_blocks=config.num_blocks,
         kv_cache_memory=config.kv_cache_memory,
         num_threads=config.num_threads,
@@ -481,7 +481,7 @@ def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
         pool=BlockPool(runner.num_blocks),
         block_size=BLOCK_SIZE,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=token_budget(config, runner.device),
         max_model_len=runner.max_model_len,
         eos_token_ids=runner.eos_token_ids,
         prefix_cache=config.prefix_cache,
@@ -507,7 +507,7 @@ def _describe(config: EngineConfig, runner: Runner, load_seconds: float) -> Engi
         ops=runner.ops,
         instruction_set=runner.instruction_set,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=token_budget(config, runner.device),
         load_seconds=load_seconds,
     )
 

@@ -86,7 +86,12 @@ class Settings(BaseSettings):
         description="Longest prompt + answer in tokens. Default: the model's, cut to what the cache holds.",
     )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Most requests that run at the same time.")
-    max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20, description="Token budget of one step of the engine.")
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description="Token budget of one step of the engine. Default: 256 on a CPU, 4096 on a GPU.",
+    )
     num_blocks: int | None = Field(
         None, ge=1, description="Size of the latent cache in blocks of 64 tokens; wins over --kv-cache-memory."
     )

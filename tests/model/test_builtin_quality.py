@@ -103,9 +103,9 @@ def turn_halves_for_pairs(network: DeepseekForCausalLM, patch: pytest.MonkeyPatc
 
 
 def drop_the_shared_expert(network: DeepseekForCausalLM, patch: pytest.MonkeyPatch) -> None:
-    for module in network.modules():
-        if isinstance(module, DeepseekMoE):
-            module.shared_experts = None
+    for layer in network.model.layers:
+        if isinstance(layer.mlp, DeepseekMoE):
+            layer.mlp.shared_experts = None
 
 
 class NextPage(EagerOps):

@@ -136,6 +136,7 @@ def test_alone(case: Case) -> None:
             logprobs=[outcome.logprobs[0] for outcome in outcomes],
             prompt_logprobs=[outcome.prompt_logprobs[0] for outcome in outcomes],
             num_preemptions=0,
+            accepted_tokens=0,
         ),
     )
 

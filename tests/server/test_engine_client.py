@@ -121,7 +121,7 @@ def test_log_probabilities_and_progress_reach_their_stream() -> None:
         assert progress == sorted(progress)
         assert set(progress) <= {512, 1024}
 
-    with_engine(scenario)
+    with_engine(scenario, max_num_batched_tokens=512)
 
 
 def test_a_reset_of_the_prefix_cache_reaches_the_engine() -> None:

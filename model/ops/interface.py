@@ -86,6 +86,12 @@ class LatentWeights(NamedTuple):
     """[H, dv, r]: W_UV"""
 
 
+def by_head(w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
+    """Weights that stay tensors: copies, since a batched product over heads would copy strided views in every step."""
+    expand = w_uk.contiguous()
+    return LatentWeights(expand.transpose(1, 2), expand, w_uv.contiguous())
+
+
 Network = Callable[[StepInputs, LatentCache], tuple[Tensor, Tensor]]
 """`DeepseekForCausalLM.compute`: final hidden states [T, D] of a step's tokens and logits [S, vocab_size] float32."""
 

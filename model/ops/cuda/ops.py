@@ -18,7 +18,17 @@ from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.cuda.router import router
-from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, Routing, SwigluWeights, stacked, unpacked
+from model.ops.interface import (
+    LatentWeights,
+    LinearWeight,
+    Mlp,
+    Network,
+    Routing,
+    SwigluWeights,
+    by_head,
+    stacked,
+    unpacked,
+)
 from model.rotary import Rotation, rotation
 
 
@@ -53,8 +63,7 @@ class CudaOps:
         return stacked(number, experts)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
-        expand = w_uk.contiguous()
-        return LatentWeights(expand.transpose(1, 2), expand, w_uv.contiguous())
+        return by_head(w_uk, w_uv)
 
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None

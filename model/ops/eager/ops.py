@@ -13,7 +13,17 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager.attention import EagerAttention
 from model.ops.eager.experts import mlp, moe, router
-from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, Routing, SwigluWeights, stacked, unpacked
+from model.ops.interface import (
+    LatentWeights,
+    LinearWeight,
+    Mlp,
+    Network,
+    Routing,
+    SwigluWeights,
+    by_head,
+    stacked,
+    unpacked,
+)
 from model.rotary import Rotation, rotate_pairs, rotation
 
 
@@ -32,9 +42,7 @@ class EagerOps:
         return stacked(number, experts)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
-        # Copies, since a batched product over heads would copy strided views in every step.
-        expand = w_uk.contiguous()
-        return LatentWeights(expand.transpose(1, 2), expand, w_uv.contiguous())
+        return by_head(w_uk, w_uv)
 
     def recorded(self, network: Network, config: DeepseekConfig) -> Network:
         return network

@@ -6,6 +6,7 @@ import asyncio
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ import time
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from model.checkpoint import open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, load_config
@@ -20,6 +22,7 @@ from server.address import BACKLOG, PortError, bind
 from server.banner import ready_text
 from server.chat_template import TemplateError
 from server.engine_client import EngineClient, EngineStartError
+from server.http_protocol import HttpProtocol
 from server.settings import Settings
 from server.tokenizer import TokenizerError
 
@@ -42,7 +45,8 @@ def run(settings: Settings) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what it warns of has a line of ours
+    _raise_file_limit()
     faulthandler.enable()
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings, config, listener, started))
@@ -91,21 +95,29 @@ def _build_server(settings: Settings, config: DeepseekConfig, engine: EngineClie
 
     tokenizer = load_tokenizer(settings.model, config.vocab_size)
     app = build_app(settings, engine, tokenizer)
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=FLUSH_SECONDS,
-        )
+    return uvicorn.Server(http_config(app))
+
+
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
     )
+
+
+def _raise_file_limit() -> None:
+    """Every connection is an open file; the usual soft limit, 1,024, is meant for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _take_signals(signals: asyncio.Queue[int]) -> None:

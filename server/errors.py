@@ -9,7 +9,7 @@
     ├── NotFound 404
     │   └── ModelNotFound
     ├── MethodNotAllowed 405
-    ├── RequestTimeout 408          the body came too slowly
+    ├── RequestTimeout 408          the headers or the body came too slowly
     ├── DeadlineExceeded 408        the request's own `timeout` has passed
     ├── PayloadTooLarge 413
     ├── UnsupportedMediaType 415

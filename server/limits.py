@@ -22,7 +22,7 @@ class Limit:
 
 
 MAX_BODY_BYTES = Limit("body", 16 * 2**20, "bytes", "request body")
-MAX_HEADER_BYTES = Limit("headers", 32 * 2**10, "bytes", "request headers")
+MAX_HEADER_BYTES = Limit("headers", 32 * 2**10, "bytes", "URL and headers of a request")
 MAX_HEADERS = Limit("header_count", 100, "headers", "request headers")
 MAX_JSON_DEPTH = Limit("json_depth", 200, "nested levels", "each field of the body")
 MAX_REQUEST_ID = Limit("request_id", 128, "characters", "X-Request-Id")

@@ -74,7 +74,7 @@ STATUSES = {
     403: "The Host header names another site.",
     404: "No such model, request or path.",
     405: "Another method: see Allow.",
-    408: "The body came too slowly.",
+    408: "The headers or the body came too slowly.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "A limit of this key is reached.",

@@ -40,3 +40,10 @@ def token_budget(config: EngineConfig, device: str) -> int:
     """Most tokens a step computes. While a long prompt is computed, every running answer waits a whole step for its
     next token: on a CPU that is a good quarter of a second; a GPU needs the larger step to be busy."""
     return config.max_num_batched_tokens or (256 if device == "cpu" else 4096)
+
+
+def lone_chunk(config: EngineConfig, device: str) -> int:
+    """Longest chunk of a deep prompt that a step computes while nobody waits for his next token. Every chunk expands
+    all that is cached before it: on a CPU a prompt of 8,192 tokens takes 28 s in chunks of 256, 19 s in longer ones."""
+    budget = token_budget(config, device)
+    return 4 * budget if device == "cpu" and config.max_num_batched_tokens is None else budget

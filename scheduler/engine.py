@@ -30,7 +30,7 @@ import numpy as np
 from model.batch import ForwardBatch, SampledTokens, SamplingParams
 from scheduler.block_pool import BlockPool
 from scheduler.channel import ChannelClosed, ChannelError, EngineChannel, ProtocolError
-from scheduler.config import BLOCK_SIZE, EngineConfig, token_budget
+from scheduler.config import BLOCK_SIZE, EngineConfig, lone_chunk, token_budget
 from scheduler.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -482,6 +482,7 @@ def _make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
         block_size=BLOCK_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=token_budget(config, runner.device),
+        max_lone_chunk=lone_chunk(config, runner.device),
         max_model_len=runner.max_model_len,
         eos_token_ids=runner.eos_token_ids,
         prefix_cache=config.prefix_cache,

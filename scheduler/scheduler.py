@@ -18,7 +18,9 @@ block enters the prefix index only then.
 
 **Fairness.** Long prompts are served one after the other, so that a later one can take the earlier one's blocks from
 the prefix cache. But a long chunk leaves room for what is short: all that running requests need of at most a quarter
-of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait.
+of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait. Where there
+are neither, a chunk may be longer than the budget, up to half of the context before it: the work that a chunk repeats
+for that context is then spread over more tokens.
 
 **Memory.** A request is admitted when the pool can hold every token it already has, beside what the
 running ones still need for theirs, above a watermark. When a running request needs a block and none is
@@ -81,15 +83,18 @@ class Scheduler:
         fingerprint: str,
         speculative: bool = False,
         watermark_blocks: int | None = None,
+        max_lone_chunk: int = 0,
     ) -> None:
         """`watermark_blocks`: free blocks that an admission leaves for running requests to grow into;
         None takes 1 % of the pool, at least one. A request that would run alone may use them.
-        `speculative`: draft tokens, except under a grammar, whose state follows known tokens alone."""
+        `speculative`: draft tokens, except under a grammar, whose state follows known tokens alone.
+        `max_lone_chunk`: how long, beyond the budget, the chunk of a deep prompt may be that holds nobody up."""
         if min(block_size, max_num_seqs, max_num_batched_tokens) < 1:
             raise ValueError("block_size, max_num_seqs and max_num_batched_tokens must be at least 1")
         self.pool = pool
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_lone_chunk = max(max_lone_chunk, max_num_batched_tokens)
         # The last token of a request is sampled but never computed, so it needs no place in the pool.
         self.max_num_tokens = min(max_model_len, pool.num_blocks * block_size + 1)
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -218,6 +223,8 @@ class Scheduler:
         reserved = sum([need for need in needs if need <= short])
         if needs and max(needs) > short:
             reserved += self._waiting_share(short, (budget - reserved) // 2)
+            if not reserved and min(needs) > short:
+                budget = max(budget, min(self.max_lone_chunk, self._running[0].num_computed_tokens // 2))
         least = 1  # the first long chunk always gets on
         rows: list[ScheduledRow] = []
         requests: list[Request] = []
@@ -350,7 +357,7 @@ class Scheduler:
 
     def _add_drafts(self, rows: list[ScheduledRow], requests: list[Request]) -> None:
         """Let drafts follow the newest tokens of a step's rows, oldest first, as far as the budget and blocks go."""
-        budget = self.max_num_batched_tokens - sum([row.num_tokens for row in rows])
+        budget = max(0, self.max_num_batched_tokens - sum([row.num_tokens for row in rows]))
         for row, request in zip(rows, requests, strict=True):
             if row.sample:
                 places = len(request.block_table) * self.block_size - request.num_computed_tokens

@@ -90,7 +90,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1 << 20,
-        description="Token budget of one step of the engine. Default: 256 on a CPU, 4096 on a GPU.",
+        description="Token budget of one step of the engine. Default: 256 on a CPU (up to 1024 for a long prompt while "
+        "nobody else is served), 4096 on a GPU.",
     )
     num_blocks: int | None = Field(
         None, ge=1, description="Size of the latent cache in blocks of 64 tokens; wins over --kv-cache-memory."

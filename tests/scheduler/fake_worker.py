@@ -221,5 +221,5 @@ def worker_for(scheduler: Scheduler, max_num_seqs: int) -> FakeWorker:
         num_blocks=scheduler.pool.num_blocks,
         block_size=scheduler.block_size,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_num_batched_tokens=scheduler.max_lone_chunk,
     )

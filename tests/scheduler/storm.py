@@ -73,6 +73,7 @@ class SchedulerStorm(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4, 8]),
         max_num_seqs=st.sampled_from([1, 2, 4, 6]),
         budget=st.sampled_from([1, 3, 7, 20, 64]),
+        lone_chunk=st.sampled_from([0, 30]),
         max_model_len=st.sampled_from([6, 24, 1000]),
         watermark=st.sampled_from([None, 0, 3]),
         prefix_cache=st.sampled_from([True, True, True, False]),
@@ -85,6 +86,7 @@ class SchedulerStorm(RuleBasedStateMachine):
         block_size: int,
         max_num_seqs: int,
         budget: int,
+        lone_chunk: int,
         max_model_len: int,
         watermark: int | None,
         prefix_cache: bool,
@@ -104,12 +106,13 @@ class SchedulerStorm(RuleBasedStateMachine):
             fingerprint="storm",
             speculative=speculative,
             watermark_blocks=watermark,
+            max_lone_chunk=lone_chunk,
         )
         self.worker = FakeWorker(
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
+            max_num_batched_tokens=max(budget, lone_chunk),
         )
         self.limit = min(max_model_len, num_blocks * block_size + 1)
 

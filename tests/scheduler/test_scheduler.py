@@ -175,6 +175,16 @@ def test_a_long_chunk_leaves_room_for_decoding_and_short_requests_whichever_came
     assert list(bench.finished) == ["short", "second", "long"]
 
 
+def test_the_chunks_of_a_deep_prompt_grow_while_nobody_is_held_up() -> None:
+    bench = Bench(num_blocks=200, max_num_batched_tokens=16, max_lone_chunk=64)
+    bench.add("long", range(400), max_tokens=1)
+    chunks = [shape(bench.step())[0][2] for _ in range(8)]
+    assert chunks == [16, 16, 16, 24, 36, 54, 64, 64]
+    bench.add("short", range(500, 503), max_tokens=3)
+    assert shape(bench.step()) == [(0, 290, 13, False), (1, 0, 3, True)]
+    assert shape(bench.step()) == [(0, 303, 15, False), (1, 3, 1, True)]
+
+
 def test_short_requests_that_wait_get_at_most_half_of_a_step_beside_a_long_one() -> None:
     bench = Bench(num_blocks=100, max_num_batched_tokens=16, max_num_seqs=8)
     bench.add("long", range(200), max_tokens=1)

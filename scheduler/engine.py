@@ -12,6 +12,7 @@ the front-end decides, and it may still be draining.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import signal
@@ -456,6 +457,8 @@ def main(
     # Supervisors signal every process of a service, terminals every process of a group. See the head of this file.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # how the front-end asks what a step is doing for so long
     parser = argparse.ArgumentParser(prog="python -m scheduler.engine", description="The engine process of latentd.")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the front-end")
     args = parser.parse_args(argv)

@@ -126,6 +126,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     accepted_tokens: int = 0
     """Those that were right, total."""
     unknown_ids: int = 0
+    nan_logits: int = 0
+    """Requests that ended because their logits were not finite, total."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -123,6 +123,7 @@ class Scheduler:
         self._num_steps = 0
         self._step_tokens = 0
         self._unknown_ids = 0
+        self._nan_logits = 0
         self._num_drafts = 0
         self._draft_tokens = 0
         self._accepted_tokens = 0
@@ -289,6 +290,7 @@ class Scheduler:
                     if row.start < request.num_prompt_tokens:
                         self._advance(request, row, prompt_logprobs, result)
                 if (finished := _end_of(request, token_ids, broken)) is not None:
+                    self._nan_logits += finished is _NAN_LOGITS
                     self._end(request, finished)
             if request.status is not running:
                 self._give_back(request)
@@ -320,6 +322,7 @@ class Scheduler:
             draft_tokens=self._draft_tokens,
             accepted_tokens=self._accepted_tokens,
             unknown_ids=self._unknown_ids,
+            nan_logits=self._nan_logits,
         )
 
     def _need(self, request: Request) -> int:

@@ -1,4 +1,4 @@
-"""The ASGI application: routes and middleware around one engine. Torch-free."""
+"""The ASGI application: routes and middleware around one supervised engine. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from server.address import is_loopback
 from server.admission import AdmissionGate
 from server.chat import ChatService
 from server.chat_template import load_chat_template
-from server.engine_client import EngineClient
 from server.errors import ApiError, handle_error
 from server.generation import Generator
 from server.grammar_check import GrammarChecker
@@ -39,18 +38,19 @@ from server.routes.tokenize import tokenize_router
 from server.routes.web import web_router
 from server.served import ServedModel
 from server.settings import Settings
+from server.supervisor import Supervisor
 from server.tokenizer import Tokenizer
 
 
-def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
-    """The application that serves `settings.model` with `engine`, which need not be ready yet.
+def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) -> FastAPI:
+    """The application that serves `settings.model` with the engine of `supervisor`, which need not be ready yet.
 
-    Takes over the engine's `on_stats`. Raises CheckpointError for a bad generation_config.json, TemplateError for a
+    Takes over its `on_stats`. Raises CheckpointError for a bad generation_config.json, TemplateError for a
     chat template that does not compile.
     """
     template = load_chat_template(tokenizer)
-    served = ServedModel(settings.served_model_name, engine)
-    metrics = Metrics(served.names[0])
+    served = ServedModel(settings.served_model_name, supervisor)
+    metrics = Metrics(served.names[0], supervisor)
     metrics.unauthenticated.set(not settings.api_key and not is_loopback(settings.host))
     gate = AdmissionGate(settings.max_open_requests)
 
@@ -58,10 +58,10 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
         metrics.observe(stats)
         gate.observe(stats)
 
-    engine.on_stats = observe
+    supervisor.on_stats = observe
     open_requests = OpenRequests()
     generator = Generator(
-        engine=engine,
+        supervisor=supervisor,
         tokenizer=tokenizer,
         gate=gate,
         grammars=GrammarChecker(settings.model / "tokenizer.json"),
@@ -99,8 +99,8 @@ def build_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) ->
         models_router(served),
         tokenize_router(generator, gate, service, served),
         admin_router(generator, open_requests, has_admin_key=settings.admin_key is not None),
-        info_router(engine, gate, served, settings, app.version),
-        operations_router(generator, metrics, app.version),
+        info_router(supervisor, gate, served, settings, app.version),
+        operations_router(supervisor, metrics, app.version),
         web_router(),
     )
     app.include_router(with_aliases(routers))

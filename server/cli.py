@@ -1,7 +1,7 @@
 """The `latentd` command: `serve`, `inspect`, `doctor`, `version`.
 
-Exit codes: 0 done, 1 the machine was in the way (port in use, engine lost while loading), 2 the operator must change
-something (an option, the checkpoint). Every error is one line on stderr.
+Exit codes: 0 done, 1 the machine was in the way (port in use, engine lost while loading or time and again), 2 the
+operator must change something (an option, the checkpoint). Every error is one line on stderr.
 """
 
 from __future__ import annotations

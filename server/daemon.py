@@ -11,6 +11,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
@@ -21,18 +23,24 @@ from model.config import CheckpointError, DeepseekConfig, load_config
 from server.address import BACKLOG, PortError, bind
 from server.banner import ready_text
 from server.chat_template import TemplateError
-from server.engine_client import EngineClient, EngineStartError
+from server.engine_client import ENGINE_COMMAND, EngineStartError
 from server.http_protocol import HttpProtocol
 from server.settings import Settings
+from server.supervisor import Supervisor
 from server.tokenizer import TokenizerError
+
+T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 75
 FLUSH_SECONDS = 2
 """How long the last bytes of finished answers may take to reach their readers when the daemon ends."""
 
 
-def run(settings: Settings) -> int:
-    """Serves until a signal and returns the exit code. SettingsError and CheckpointError come before anything runs."""
+def run(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Serves until a signal, or until there is no engine any more, and returns the exit code.
+
+    SettingsError and CheckpointError come before anything runs. `engine_command`: as `EngineClient` has it.
+    """
     started = time.monotonic()
     config = load_config(settings.model)
     open_checkpoint(settings.model, config)
@@ -49,20 +57,26 @@ def run(settings: Settings) -> int:
     _raise_file_limit()
     faulthandler.enable()
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings, config, listener, started))
+        return runner.run(_serve(settings, config, listener, started, engine_command))
 
 
-async def _serve(settings: Settings, config: DeepseekConfig, listener: socket.socket, started: float) -> int:
+async def _serve(
+    settings: Settings,
+    config: DeepseekConfig,
+    listener: socket.socket,
+    started: float,
+    engine_command: Sequence[str],
+) -> int:
     signals: asyncio.Queue[int] = asyncio.Queue()
     _take_signals(signals)
-    engine = EngineClient(settings.to_engine_config())
+    supervisor = Supervisor(settings.to_engine_config(), stall_seconds=settings.stall_timeout, command=engine_command)
     try:
-        await engine.start()
-        server = _build_server(settings, config, engine)  # while the engine process imports torch and loads
+        await supervisor.start()
+        server = _build_server(settings, config, supervisor)  # while the engine process imports torch and loads
     except EngineStartError as error:
         return _fail(error.message, error.exit_code)
     except (CheckpointError, TokenizerError, TemplateError) as error:
-        await engine.shutdown(0)
+        await supervisor.shutdown(0)
         return _fail(str(error), 2)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
@@ -70,47 +84,37 @@ async def _serve(settings: Settings, config: DeepseekConfig, listener: socket.so
     _take_signals(signals)  # again: uvicorn has put its own handlers in place, and they cut open streams
 
     stopping = asyncio.create_task(signals.get())
-    loading = asyncio.create_task(engine.wait_ready())
-    await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
-    code = 0
-    if stopping.done():
-        loading.cancel()
-    else:
-        try:
-            print(ready_text(settings, config, loading.result(), listener, time.monotonic() - started), flush=True)
-            # If the engine dies from here on, requests are answered with 503 until somebody stops the daemon.
-            await stopping
-        except EngineStartError as error:
-            code = _fail(error.message, error.exit_code)
-            stopping.cancel()
-    await _stop(engine, signals, settings.drain_timeout)
+    lost: EngineStartError | None = None
+    try:
+        if (ready := await _unless(stopping, supervisor.wait_ready())) is not None:
+            print(ready_text(settings, config, ready, listener, time.monotonic() - started), flush=True)
+            await _unless(stopping, supervisor.run())
+    except EngineStartError as error:
+        lost = error
+        stopping.cancel()
+    await _stop(supervisor, signals, settings.drain_timeout)
     server.should_exit = True
     await serving
-    return code
+    return 0 if lost is None else _fail(lost.message, lost.exit_code)
 
 
-def _build_server(settings: Settings, config: DeepseekConfig, engine: EngineClient) -> uvicorn.Server:
+async def _unless(stopping: asyncio.Task[int], work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None, and `work` is given up, when a signal comes first."""
+    task = asyncio.create_task(work)
+    await asyncio.wait({stopping, task}, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        return None
+    return task.result()
+
+
+def _build_server(settings: Settings, config: DeepseekConfig, supervisor: Supervisor) -> uvicorn.Server:
     from server.app import build_app  # here, so that these 0.5 s run beside the engine's start
     from server.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model, config.vocab_size)
-    app = build_app(settings, engine, tokenizer)
-    return uvicorn.Server(http_config(app))
-
-
-def http_config(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=FLUSH_SECONDS,
+from server.engine_client import ENGINE_COMMAND, EngineStartError
+from server.http_protocol import HttpProtocol
     )
 
 
@@ -126,9 +130,9 @@ def _take_signals(signals: asyncio.Queue[int]) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
 
 
-async def _stop(engine: EngineClient, signals: asyncio.Queue[int], drain_timeout: float) -> None:
+async def _stop(supervisor: Supervisor, signals: asyncio.Queue[int], drain_timeout: float) -> None:
     """Lets open requests finish while new ones get 503; returns when the engine is gone. A second signal ends all."""
-    draining = asyncio.create_task(engine.shutdown(drain_timeout))
+    draining = asyncio.create_task(supervisor.shutdown(drain_timeout))
     again = asyncio.create_task(signals.get())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     if again.done():

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
 
@@ -37,9 +38,11 @@ logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "scheduler.engine")
 """`-P`: a `model` folder in the working directory must not be taken for ours."""
-SHUTDOWN_GRACE_SECONDS = 5.0
+SHUTDOWN_GRACE_SECONDS = 2.0
 """How long the engine may take beyond the drain before it is killed: its last step and its exit."""
 _EXIT_GRACE_SECONDS = 1.0
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+"""What native code dies of: unlike SIGKILL, which comes from outside, it may be what a request made of it."""
 
 ENGINE_DEAD = Finished(
     reason=FinishReason.ERROR,
@@ -90,15 +93,17 @@ class EngineClient:
         self.failure: str | None = None
         """Why the engine is down, in one line for the operator."""
         self.ready: EngineReady | None = None
+        self.fatal_prompts: list[bytes] = []
+        """Prompts that were being computed when the engine failed by itself: what it named, or all that were open."""
         self.stats = EngineStats()
-        self.step_age = 0.0
-        """Seconds the step that was running at the last heartbeat had taken by then."""
         self.unknown_ids = 0
         """Outputs for requests that are not open here: what was under way when they were aborted."""
         self.on_stats = on_stats
         self._config = config
         self._command = command
         self._streams: dict[str, RequestStream] = {}
+        self._prompts: dict[str, bytes] = {}
+        """Of the open streams; after a death, of those it ended."""
         self._channel: ClientChannel | None = None
         self._process: Process | None = None
         self._failed: EngineFailed | None = None
@@ -106,6 +111,8 @@ class EngineClient:
         self._started = asyncio.Event()
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
+        self._progress_at = 0.0
+        """Monotonic time at which the engine, by its own account, last ended a step or was idle."""
 
     @property
     def pid(self) -> int | None:
@@ -115,6 +122,11 @@ class EngineClient:
     def num_open(self) -> int:
         """Streams without their terminal event."""
         return len(self._streams)
+
+    @property
+    def step_age(self) -> float:
+        """Seconds that the running step has taken, or that the engine has been silent; up to a second when idle."""
+        return time.monotonic() - self._progress_at
 
     async def start(self) -> None:
         """Start the process and send it its configuration. `EngineStartError` when it cannot be started."""
@@ -137,6 +149,8 @@ class EngineClient:
             ours.close()
             self.state = EngineState.DOWN
             self.failure = f"cannot start the engine process: {error}"
+            self._started.set()
+            self._gone.set()
             raise EngineStartError(self.failure, 1) from error
         self._channel = await ClientChannel.open(ours, self._on_message, self._on_closed)
         self._channel.send(Configure(self._config))
@@ -168,6 +182,7 @@ class EngineClient:
             raise ValueError(f"request id {request.request_id} is in use")
         self._channel.send(request)
         stream = self._streams[request.request_id] = RequestStream(request.request_id)
+        self._prompts[request.request_id] = request.prompt
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -178,6 +193,7 @@ class EngineClient:
         stream = self._streams.pop(request_id, None)
         if stream is None or self._channel is None:
             return
+        del self._prompts[request_id]
         stream.push([], finished=Finished(reason=FinishReason.ABORT))
         self._channel.send(AbortRequests([request_id]))
 
@@ -189,6 +205,19 @@ class EngineClient:
         if self.state is not EngineState.READY or self._channel is None:
             raise EngineUnavailable(self.failure or f"the engine is {self.state}")
         self._channel.send(ResetPrefixCache())
+
+    def kill(self, reason: str) -> None:
+        """End an engine that no longer works; everything goes on as after any other death."""
+        self.failure = reason
+        self._kill()
+        if self._channel is not None:
+            self._channel.close()  # where the kernel cannot end the process, its streams need not wait for that
+
+    def dump_stacks(self) -> None:
+        """Let a ready engine write the stacks of its threads to its stderr."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGUSR1)
 
     async def shutdown(self, drain_seconds: float) -> None:
         """Refuse new requests, let the open ones run for at most `drain_seconds`, return when the process is gone.
@@ -214,10 +243,11 @@ class EngineClient:
     def _on_message(self, message: FromEngine) -> None:
         match message:
             case StepOutput():
+                self._progress_at = time.monotonic()
                 self._dispatch(message)
                 self._take_stats(message.stats)
             case Heartbeat():
-                self.step_age = message.step_age
+                self._progress_at = time.monotonic() - message.step_age
                 self._take_stats(message.stats)
             case EngineReady():
                 self._on_ready(message)
@@ -248,6 +278,7 @@ class EngineClient:
                 stream.push(token_ids)
         for request_id, finished in output.finished.items():
             if (stream := streams.pop(request_id, None)) is not None:
+                del self._prompts[request_id]
                 stream.push([], finished=finished)
 
     def _take_stats(self, stats: EngineStats) -> None:
@@ -260,6 +291,7 @@ class EngineClient:
             self.failure = f"the engine speaks protocol {ready.protocol}, not {PROTOCOL_VERSION}"
             self._kill()
         elif self.state is EngineState.STARTING:
+            self._progress_at = time.monotonic()
             self.ready = ready
             self.state = EngineState.READY
             self._started.set()
@@ -292,6 +324,11 @@ class EngineClient:
             await asyncio.wait({closed}, timeout=_EXIT_GRACE_SECONDS)
             channel.close()
         await closed
+        if self._failed is not None:
+            self.fatal_prompts = [self._prompts[name] for name in self._failed.request_ids if name in self._prompts]
+        elif -exit_code in _CRASHES:
+            self.fatal_prompts = list(self._prompts.values())
+        self._prompts.clear()
         if self.state is EngineState.DOWN:
             if self._failed is None:
                 self.failure = f"engine process {process.pid} {_describe_exit(exit_code)} ({self.failure})"

@@ -16,7 +16,7 @@ from model.config import GenerationDefaults
 from scheduler.messages import AddRequest, EngineReady, Grammar
 from server import limits
 from server.admission import AdmissionGate
-from server.engine_client import EngineClient, EngineState, EngineUnavailable
+from server.engine_client import EngineClient, EngineUnavailable
 from server.errors import BadRequest, Cancelled, DeadlineExceeded, Overloaded, Unavailable
 from server.events import ChoiceEvent
 from server.grammar_check import GrammarChecker
@@ -28,6 +28,7 @@ from server.sampling import check_fields, fit_max_tokens, prompt_too_long, sampl
 from server.schemas.sampling import SamplingFields
 from server.sequence import Sequence as OpenSequence
 from server.structured import grammar_param
+from server.supervisor import Supervisor
 from server.tokenizer import Tokenizer
 
 SILENCE_SECONDS = 10.0
@@ -65,7 +66,7 @@ class Generator:
     def __init__(
         self,
         *,
-        engine: EngineClient,
+        supervisor: Supervisor,
         tokenizer: Tokenizer,
         gate: AdmissionGate,
         grammars: GrammarChecker,
@@ -74,7 +75,7 @@ class Generator:
         defaults: GenerationDefaults,
         seeds: Random,
     ) -> None:
-        self.engine = engine
+        self.supervisor = supervisor
         self.tokenizer = tokenizer
         self._gate = gate
         self._grammars = grammars
@@ -83,17 +84,13 @@ class Generator:
         self._defaults = defaults
         self._seeds = seeds
 
+    @property
+    def engine(self) -> EngineClient:
+        return self.supervisor.engine
+
     def require_ready(self) -> EngineReady:
         """What the engine is. Raises Unavailable when it takes no requests."""
-        engine = self.engine
-        if engine.state is EngineState.READY and engine.ready is not None:
-            return engine.ready
-        match engine.state:
-            case EngineState.STARTING:
-                raise Unavailable("Loading model", code="model_loading", retry_after=2)
-            case EngineState.STOPPED:
-                raise Unavailable("The server is shutting down.", code="shutting_down", retry_after=5)
-        raise Unavailable("The engine is not running.", code="engine_down", retry_after=10)
+        return self.supervisor.require_ready()
 
     async def generate(self, job: Job, record: RequestRecord) -> AsyncGenerator[ChoiceEvent, None]:
         """The events of all choices: `n` for each prompt, numbered prompt by prompt.
@@ -206,7 +203,7 @@ class _Answer:
             progress=fields.wants_progress,
         )
         try:
-            stream = generator.engine.submit(request)
+            stream = generator.supervisor.submit(request)
         except EngineUnavailable:
             generator.require_ready()
             raise

@@ -6,6 +6,7 @@ format 0.0.4 whatever the scraper asks for: in OpenMetrics, prometheus_client re
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -14,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from scheduler.config import BLOCK_SIZE
 from scheduler.messages import EngineStats
+from server.supervisor import Supervisor
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -28,6 +30,16 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _COUNTS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 """1, 2, 5, ... 500,000 tokens."""
 
+_TOTALS = {
+    "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache."),
+    "prefix_hits": ("vllm:prefix_cache_hits", "Prompt tokens found in the cache."),
+    "num_preemptions": ("vllm:num_preemptions", "Preemptions."),
+    "num_drafts": ("vllm:spec_decode_num_drafts", "Times that tokens of a request were guessed."),
+    "draft_tokens": ("vllm:spec_decode_num_draft_tokens", "Tokens guessed."),
+    "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed that were right."),
+    "nan_logits": ("latentd_nan_logits", "Requests ended because the model's logits were not finite."),
+}
+"""Field of `EngineStats` -> its counter's name and meaning."""
 _LABELS = ("model_name", "engine")
 _ENGINE = "0"
 
@@ -35,11 +47,11 @@ _ENGINE = "0"
 class Metrics:
     """All metrics of one daemon, in a registry of its own."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, supervisor: Supervisor) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # `_created` series double the exposition and no dashboard reads them
         self.registry = CollectorRegistry()
         self._labels = (model_name, _ENGINE)
-        self._engine = _EngineCollector(self._labels)
+        self._engine = _EngineCollector(self._labels, supervisor)
         self.registry.register(self._engine)
 
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that gave a first token.")
@@ -81,10 +93,10 @@ class Metrics:
         )
 
     def observe(self, stats: EngineStats) -> None:
-        """Take the figures of a step or a heartbeat."""
+        """Take the figures of a step or a heartbeat, or empty ones when the engine has died."""
         if stats.num_steps > self._engine.stats.num_steps:
             self._iteration_tokens.observe(stats.step_tokens)
-        self._engine.stats = stats
+        self._engine.observe(stats)
 
     def on_submit(self, prompt_tokens: int, max_tokens: int) -> None:
         self._request_prompt_tokens.observe(prompt_tokens)
@@ -138,34 +150,44 @@ class Metrics:
 class _EngineCollector(Collector):
     """The newest figures of the engine, as samples."""
 
-    def __init__(self, labels: tuple[str, ...]) -> None:
+    def __init__(self, labels: tuple[str, ...], supervisor: Supervisor) -> None:
         self.stats = EngineStats()
         self._labels = labels
+        self._supervisor = supervisor
+        self._before: Counts[str] = Counts()
+        """Totals of the engines before this one, each of which has counted from zero."""
+
+    def observe(self, stats: EngineStats) -> None:
+        if stats.num_steps < self.stats.num_steps:
+            self._before.update({name: getattr(self.stats, name) for name in _TOTALS})
+        self.stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self.stats
+        stats, supervisor = self.stats, self._supervisor
         usage = 1 - stats.free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Requests waiting for blocks or a row.", stats.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of the latent blocks in use, 0 to 1.", usage)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_queries)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_hits)
-        yield self._counter("num_preemptions", "Preemptions.", stats.num_preemptions)
-        yield self._counter("spec_decode_num_drafts", "Times that tokens of a request were guessed.", stats.num_drafts)
-        yield self._counter("spec_decode_num_draft_tokens", "Tokens guessed.", stats.draft_tokens)
-        yield self._counter("spec_decode_num_accepted_tokens", "Tokens guessed that were right.", stats.accepted_tokens)
+        for field, (name, text) in _TOTALS.items():
+            family = CounterMetricFamily(name, text, labels=_LABELS)
+            family.add_metric(self._labels, self._before[field] + getattr(stats, field))
+            yield family
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "Shape of the latent cache.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
         )
         info.add_metric((*self._labels, str(BLOCK_SIZE), str(stats.num_blocks)), 1)
         yield info
+        yield GaugeMetricFamily("latentd_ready", "1 while requests are taken.", value=float(supervisor.is_ready))
+        yield CounterMetricFamily(
+            "latentd_engine_restarts", "Engines started after one that died.", value=supervisor.restarts
+        )
+        yield GaugeMetricFamily(
+            "latentd_engine_step_age_seconds",
+            "Time since the engine last ended a step or was idle; one second is idle, more is a long step.",
+            value=supervisor.step_age,
+        )
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-        family.add_metric(self._labels, value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"vllm:{name}", text, labels=_LABELS)
         family.add_metric(self._labels, value)
         return family

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from server.engine_client import EngineClient
 from server.errors import ModelNotFound
 from server.schemas.models import Model, ModelList
+from server.supervisor import Supervisor
 
 
 class ServedModel:
     """One model under one or more names; the first is the one that is told when none was asked for."""
 
-    def __init__(self, names: Sequence[str], engine: EngineClient) -> None:
+    def __init__(self, names: Sequence[str], supervisor: Supervisor) -> None:
         self.names = tuple(names)
-        self._engine = engine
+        self._supervisor = supervisor
         self._created = int(time.time())
 
     def resolve(self, name: str | None) -> str:
@@ -28,11 +28,11 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        ready = self._engine.ready
+        ready = self._supervisor.engine.ready
         return f"fp_{ready.fingerprint[:10]}" if ready is not None else "fp_loading"
 
     def describe(self, name: str) -> Model:
-        ready = self._engine.ready
+        ready = self._supervisor.engine.ready
         return Model(
             id=self.resolve(name),
             created=self._created,

@@ -123,6 +123,12 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that requests in flight get to finish after SIGTERM."
     )
+    stall_timeout: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that one step of the engine may take before it is taken for dead and started again.",
+    )
     strict: bool = Field(False, description="Refuse requests with fields that the server does not know.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
 

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS
 from server.settings import ENV_PREFIX, Settings, flag_of
+from server.supervisor import Supervisor
 from tools.parameters import CHAT, COMPLETIONS, rows
 from tools.write_docs import FILES, PARTS, ROOT, updated
 
@@ -50,7 +51,8 @@ def test_every_flag_of_a_document_exists() -> None:
 def test_endpoints_and_metrics_are_documented() -> None:
     for path in (*OPEN_PATHS, "/v1/chat/completions", "/v1/completions", "/v1/models", "/openapi.json"):
         assert path in API, path
-    for family in text_string_to_metric_families(Metrics("m").render().decode()):
+    metrics = Metrics("m", Supervisor(Settings().to_engine_config()))
+    for family in text_string_to_metric_families(metrics.render().decode()):
         assert f"`{family.name}" in API
 
 

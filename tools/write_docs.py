@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model.config import load_config
 from server.app import build_app
-from server.engine_client import EngineClient
 from server.limits import LIMITS
 from server.metrics import Metrics
 from server.middleware import OPEN_PATHS
@@ -22,6 +21,7 @@ from server.openapi import STATUSES
 from server.schemas import chat, completion, messages, responses
 from server.schemas.sampling import SamplingFields
 from server.settings import BUILTIN_MODEL, ENV_PREFIX, Settings, flag_of
+from server.supervisor import Supervisor
 from server.tokenizer import load_tokenizer
 from tools.builtin_model.evaluate import TARGETS
 from tools.parameters import rows as parameter_rows
@@ -41,6 +41,11 @@ def options() -> str:
     return table(("option", "environment", "default", "meaning"), rows)
 
 
+def _supervisor() -> Supervisor:
+    """Of an engine that is never started."""
+    return Supervisor(Settings().to_engine_config())
+
+
 def limits() -> str:
     rows = []
     for limit in LIMITS:
@@ -52,7 +57,7 @@ def limits() -> str:
 def endpoints() -> str:
     settings = Settings()
     tokenizer = load_tokenizer(settings.model, load_config(settings.model).vocab_size)
-    paths = build_app(settings, EngineClient(settings.to_engine_config()), tokenizer).openapi()["paths"]
+    paths = build_app(settings, _supervisor(), tokenizer).openapi()["paths"]
     rows = [
         (f"`{method.upper()} {path}`", operation["summary"], "no" if path in OPEN_PATHS else "yes")
         for path, methods in paths.items()
@@ -98,7 +103,7 @@ def statuses() -> str:
 
 
 def metrics() -> str:
-    families = text_string_to_metric_families(Metrics("model").render().decode())
+    families = text_string_to_metric_families(Metrics("model", _supervisor()).render().decode())
     return table(
         ("metric", "kind", "meaning"), [(f"`{each.name}`", each.type, each.documentation) for each in families]
     )

@@ -7,26 +7,27 @@ from starlette.responses import Response
 
 from scheduler.messages import EngineReady
 from server.admission import AdmissionGate
-from server.engine_client import EngineClient
 from server.limits import LIMITS
 from server.openapi import docs
 from server.routes.answer import json_response
 from server.schemas.info import BlockPoolInfo, EngineInfo, Load, ServerInfo
 from server.served import ServedModel
 from server.settings import Settings
+from server.supervisor import Supervisor
 
 _NOT_SHOWN = {"model", "api_key", "api_key_file", "admin_key"}
 """Keys, and where things lie on this machine."""
 
 
 def info_router(
-    engine: EngineClient, gate: AdmissionGate, served: ServedModel, settings: Settings, version: str
+    supervisor: Supervisor, gate: AdmissionGate, served: ServedModel, settings: Settings, version: str
 ) -> APIRouter:
     router = APIRouter()
     shown = {name: value for name, value in settings.shown().items() if name not in _NOT_SHOWN}
 
     @router.get("/server_info", summary="Model, engine, cache, limits and options", **docs(ServerInfo, 401))
     async def server_info() -> Response:
+        engine = supervisor.engine
         ready, stats = engine.ready, engine.stats
         info = ServerInfo(
             version=version,

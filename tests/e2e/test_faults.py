@@ -101,7 +101,7 @@ def test_overload_then_a_drain_that_finishes_what_runs(tmp_path: Path) -> None:
     assert json.loads(got[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 400
 
 
-def test_engine_that_is_killed(tmp_path: Path) -> None:
+def test_an_engine_that_is_killed_is_replaced(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, environment={"LATENTD_API_KEY": "key-1,key-2"})
     try:
         assert httpx.post(f"{daemon.url}/v1/completions", json=SHORT).status_code == 401
@@ -119,23 +119,33 @@ def test_engine_that_is_killed(tmp_path: Path) -> None:
                 )
             )
             waiting.start()
+            text = client.post("/v1/completions", json=SHORT).json()["choices"][0]["text"]
+            tokens = daemon.gauge("vllm:generation_tokens_total")
             with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
                 assert response.status_code == 200
                 while daemon.gauge("vllm:num_requests_running") < 2:
                     time.sleep(0.02)
-                os.kill(daemon.engine_pid, signal.SIGKILL)
+                killed = daemon.engine_pid
+                os.kill(killed, signal.SIGKILL)
                 *_, error, done = events_of(response)
             assert done == "[DONE]"
             assert error["error"]["type"] == "server_error"
             waiting.join(30)
             assert whole["answer"].status_code == 500
             assert whole["answer"].json()["error"]["type"] == "server_error"
-            for path in ("/ready", "/health"):
-                assert client.get(path).status_code == 503
+            ready = client.get("/ready")
+            assert (ready.status_code, ready.json()["reason"]) == (503, "The engine died and is being restarted.")
             refused = client.post("/v1/completions", json=SHORT)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_down")
-            assert refused.headers["retry-after"]
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert client.get("/livez").status_code == 200
-            assert daemon.gauge("vllm:num_requests_running") == 0
+            assert daemon.gauge("vllm:num_requests_running") == daemon.gauge("latentd_ready") == 0
+            daemon.wait_ready_again(60)
+            assert daemon.engine_pid != killed
+            again = client.post("/v1/completions", json=SHORT)
+            assert again.json()["choices"][0]["text"] == text
+            assert daemon.gauge("latentd_engine_restarts_total") == daemon.gauge("latentd_ready") == 1
+            assert daemon.gauge("vllm:generation_tokens_total") > tokens
+            daemon.wait_idle(2)
     finally:
         assert daemon.stop() == 0

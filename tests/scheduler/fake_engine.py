@@ -72,7 +72,9 @@ class FakeRunner:
         if batch.step == self._args.raise_at_step:
             raise RuntimeError("the model broke\nin two lines")
         if batch.step == self._args.kill_at_step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self._args.kill_with)
+        if batch.step == self._args.stall_at_step:
+            time.sleep(600)
         time.sleep(self._args.step_seconds)
         for row in batch.released_rows:
             del self._rows[row]
@@ -137,6 +139,8 @@ if __name__ == "__main__":
     parser.add_argument("--load-bug", action="store_true")
     parser.add_argument("--raise-at-step", type=int)
     parser.add_argument("--kill-at-step", type=int)
+    parser.add_argument("--kill-with", type=int, default=signal.SIGKILL)
+    parser.add_argument("--stall-at-step", type=int)
     own_args, engine_argv = parser.parse_known_args()
     main(
         engine_argv,

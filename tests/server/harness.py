@@ -19,6 +19,7 @@ from server.app import build_app
 from server.engine_client import EngineState, EngineUnavailable
 from server.settings import BUILTIN_MODEL, Settings
 from server.streams import RequestStream
+from server.supervisor import Supervisor
 from server.tokenizer import Tokenizer, load_tokenizer
 
 Script = Callable[["ScriptedEngine", AddRequest, RequestStream], None]
@@ -67,6 +68,7 @@ class ScriptedEngine:
     def __init__(self, script: Script, state: EngineState = EngineState.READY) -> None:
         self.state = state
         self.failure: str | None = None
+        self.step_age = 0.0
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None
         self.ready: EngineReady | None = EngineReady(
@@ -115,8 +117,13 @@ class ScriptedEngine:
 
 
 def make_app(script: Script, state: EngineState = EngineState.READY, **options: Any) -> tuple[FastAPI, ScriptedEngine]:
+    settings = Settings(**options)
+    supervisor = Supervisor(settings.to_engine_config())
     engine = ScriptedEngine(script, state)
-    return build_app(Settings(**options), engine, tokenizer()), engine  # type: ignore[arg-type]
+    supervisor.engine = engine  # type: ignore[assignment]
+    app = build_app(settings, supervisor, tokenizer())
+    engine.on_stats = supervisor.on_stats
+    return app, engine
 
 
 @dataclass

@@ -6,9 +6,11 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from scheduler.config import EngineConfig
 from scheduler.messages import EngineStats
 from server.engine_client import EngineState
 from server.metrics import Metrics
+from server.supervisor import Supervisor
 from tests.server.harness import Answer, answers, call, make_app, post
 
 EXPECTED = {
@@ -41,6 +43,10 @@ EXPECTED = {
     "vllm:iteration_tokens_total": "histogram",
     "http_requests": "counter",
     "latentd_unauthenticated": "gauge",
+    "latentd_ready": "gauge",
+    "latentd_nan_logits": "counter",
+    "latentd_engine_restarts": "counter",
+    "latentd_engine_step_age_seconds": "gauge",
 }
 
 
@@ -102,7 +108,7 @@ def test_figures_of_requests() -> None:
 
 
 def test_figures_of_the_engine() -> None:
-    metrics = Metrics("m")
+    metrics = Metrics("m", Supervisor(EngineConfig(model_dir="/none")))
     stats = EngineStats(num_running=3, num_waiting=2, num_blocks=8, free_blocks=2, num_steps=1, step_tokens=40)
     metrics.observe(stats)
     metrics.observe(stats)  # a heartbeat repeats the last step
@@ -115,15 +121,35 @@ def test_figures_of_the_engine() -> None:
     assert re.search(r'vllm:cache_config_info\{block_size="64",.*num_gpu_blocks="8"\} 1.0', text)
 
 
-def test_a_dead_engine_runs_nothing() -> None:
-    async def run() -> str:
-        app, engine = make_app(answers("ok"))
-        assert engine.on_stats is not None
-        engine.on_stats(EngineStats(num_running=3, num_blocks=8))
-        engine.state = EngineState.DOWN
-        return (await call(app, "GET", "/metrics")).body.decode()
+def test_totals_go_on_where_a_dead_engine_left_them() -> None:
+    metrics = Metrics("m", Supervisor(EngineConfig(model_dir="/none")))
+    totals = {"num_preemptions": 2, "prefix_queries": 10, "prefix_hits": 5, "nan_logits": 1}
+    metrics.observe(EngineStats(num_running=3, num_waiting=1, num_blocks=8, num_steps=7, **totals))
+    metrics.observe(EngineStats())  # it has died
+    found = values(metrics.render().decode())
+    assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+    assert found["vllm:kv_cache_usage_perc"] == 0
+    metrics.observe(EngineStats(num_blocks=8, num_steps=9, **totals))
+    metrics.observe(EngineStats())
+    metrics.observe(EngineStats(num_blocks=8, num_steps=1, num_preemptions=1))
+    found = values(metrics.render().decode())
+    assert found["vllm:num_preemptions_total"] == 5
+    assert found["vllm:prefix_cache_queries_total"] == 20
+    assert found["vllm:prefix_cache_hits_total"] == 10
+    assert found["latentd_nan_logits_total"] == 2
 
-    assert values(asyncio.run(run()))["vllm:num_requests_running"] == 0
+
+def test_whether_it_is_ready_shows() -> None:
+    async def run(state: EngineState) -> dict[str, float]:
+        app, engine = make_app(answers("ok"), state)
+        engine.step_age = 7.0
+        return values((await call(app, "GET", "/metrics")).body.decode())
+
+    for state in EngineState:
+        found = asyncio.run(run(state))
+        is_ready = state is EngineState.READY
+        assert (found["latentd_ready"], found["latentd_engine_step_age_seconds"]) == (is_ready, 7.0 * is_ready)
+        assert found["latentd_engine_restarts_total"] == 0
 
 
 def test_a_thousand_paths_add_one_series() -> None:

@@ -113,8 +113,23 @@ def _build_server(settings: Settings, config: DeepseekConfig, supervisor: Superv
     from server.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(settings.model, config.vocab_size)
-from server.engine_client import ENGINE_COMMAND, EngineStartError
-from server.http_protocol import HttpProtocol
+    app = build_app(settings, supervisor, tokenizer)
+    return uvicorn.Server(http_config(app))
+
+
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
     )
 
 

@@ -36,3 +36,25 @@ class StepInputs:
     @property
     def num_tokens(self) -> int:
         return self.query_start[-1]
+
+    def halves(self) -> tuple[StepInputs, StepInputs]:
+        """Its tokens as two steps, to be computed one after the other; nothing of either is sampled. T > 1."""
+        middle = self.num_tokens // 2
+        return self._part(0, middle), self._part(middle, self.num_tokens)
+
+    def _part(self, first: int, last: int) -> StepInputs:
+        spans = zip(self.query_start, self.query_start[1:], self.context_lens, strict=False)
+        rows = [
+            (row, min(stop, last) - first, context - max(stop - last, 0))
+            for row, (start, stop, context) in enumerate(spans)
+            if start < last and stop > first
+        ]
+        return StepInputs(
+            token_ids=self.token_ids[first:last],
+            positions=self.positions[first:last],
+            slot_mapping=self.slot_mapping[first:last],
+            query_start=[0, *(stop for _, stop, _ in rows)],
+            context_lens=[context for _, _, context in rows],
+            block_tables=self.block_tables[rows[0][0] : rows[-1][0] + 1],
+            sample_index=self.sample_index[:0],
+        )

@@ -1,22 +1,26 @@
 """What the worker remembers of each running request between steps, and how a step's inputs are gathered from it.
 
 A row belongs to one request from its admission until it finishes or is preempted; a resumed request is
-bound anew. The worker appends what it sampled itself, so a decode step needs a few integers a row.
+bound anew. The worker appends what it sampled itself, so a decode step needs a few integers a row: on the device
+`feed` does when a step is launched, for the next step to read, and on the host `learn` when its tokens have arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE
-from model.sampler import Limits, Penalties, SamplingInputs
+from model.sampler import Limits, SamplingInputs
+from model.transfer import to_device
 
 BAN = -100.0
 """A bias so low bans, as OpenAI documents it."""
@@ -47,10 +51,23 @@ class _Limits:
 class Rows:
     """State of `max_num_seqs` rows of at most `max_model_len` tokens; pages of it are used only once written."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._device = torch.device(device)
         self._tokens = np.empty((max_num_seqs, max_model_len), np.int32)
+        self._history = torch.from_numpy(self._tokens)
+        """[max_num_seqs, max_model_len] int32: the same on the device; on a CPU the same memory."""
+        self._apart = self._device.type != "cpu"
+        if self._apart:
+            self._history = torch.empty(self._tokens.shape, dtype=torch.int32, device=device)
         self._num_tokens = np.zeros(max_num_seqs, np.int64)
+        """With those that steps in flight sample."""
         self._blocks = np.empty((max_num_seqs, -(-max_model_len // BLOCK_SIZE)), np.int32)
         self._num_blocks = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
@@ -60,7 +77,9 @@ class Rows:
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
-        self._penalised = np.zeros(max_num_seqs, np.bool_)
+        self._repetition = np.ones(max_num_seqs, np.float64)
+        self._presence = np.zeros(max_num_seqs, np.float64)
+        self._frequency = np.zeros(max_num_seqs, np.float64)
         self._limits: list[_Limits | None] = [None] * max_num_seqs
 
     def update(self, batch: ForwardBatch) -> None:
@@ -80,7 +99,7 @@ class Rows:
             if scheduled.drafts:
                 self._place_drafts(scheduled)
 
-    def step_inputs(self, batch: ForwardBatch, device: torch.device) -> StepInputs:
+    def step_inputs(self, batch: ForwardBatch) -> StepInputs:
         """Gather the T tokens of `batch`, already applied by `update`, with no Python work per token."""
         rows = np.array([scheduled.row for scheduled in batch.rows], np.int64)
         start = np.array([scheduled.start for scheduled in batch.rows], np.int64)
@@ -104,15 +123,24 @@ class Rows:
         blocks = self._blocks[token_rows, positions // BLOCK_SIZE].astype(np.int64)
         places = np.array(batch.sampled_rows, np.int64)
         newest = (query_start[1:] - 1 - drafts)[sampled]
+        sample_index = np.repeat(newest, 1 + drafts[sampled]) + _times_before(places)
+        slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         return StepInputs(
-            token_ids=torch.from_numpy(self._tokens[token_rows, positions].astype(np.int64)).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            slot_mapping=torch.from_numpy(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).to(device),
+            token_ids=self._gather(token_rows, positions),
+            positions=to_device(positions, self._device),
+            slot_mapping=to_device(slots, self._device),
             query_start=query_start.tolist(),
             context_lens=end.tolist(),
-            block_tables=torch.from_numpy(self._blocks[rows, : num_blocks.max()]).to(device),
-            sample_index=torch.from_numpy(np.repeat(newest, 1 + drafts[sampled]) + _times_before(places)).to(device),
+            block_tables=to_device(self._blocks[rows, : num_blocks.max()], self._device),
+            sample_index=to_device(sample_index, self._device),
         )
+
+    def _gather(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """Tokens, int64 on the device, whether the host knows them or not."""
+        if not self._apart:
+            return torch.from_numpy(self._tokens[rows, positions].astype(np.int64))
+        index = to_device(rows * self._tokens.shape[1] + positions, self._device)
+        return self._history.view(-1).index_select(0, index).long()
 
     def params(self, row: int) -> SamplingParams:
         params = self._params[row]
@@ -140,9 +168,12 @@ class Rows:
             min_p=self._min_p[rows],
             seed=self._seed[rows],
             position=lengths,
-            penalties=[
-                self._penalties(sampled[i], i, int(lengths[i])) for i in np.flatnonzero(self._penalised[rows]).tolist()
-            ],
+            repetition=self._repetition[rows],
+            presence=self._presence[rows],
+            frequency=self._frequency[rows],
+            row=rows,
+            num_prompt_tokens=self._num_prompt_tokens[rows],
+            history=self._history,
             limits=[
                 self._limits_of(row, index, int(lengths[index]), bitmasks.get(row))
                 for index, row in enumerate(sampled)
@@ -150,24 +181,40 @@ class Rows:
             ],
         )
 
-    def append(self, sampled: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Add each sampled row's new tokens, where its drafts were. A request whose logits were not finite (-1) is
-        about to end: it gets id 0, so that a step planned before that was known still runs. A full row takes no more.
+    def feed(self, sampled: Sequence[int], token_ids: Tensor) -> NDArray[np.int64]:
+        """Write the S tokens that a step samples, int64 on the device, to their rows, where its drafts were: a row may
+        run again before they are known. Returns their places, for `learn`.
+
+        A request whose logits were not finite (-1) is about to end: it gets id 0. A full row takes no more.
         """
         rows = np.array(sampled, np.int64)
-        tokens = np.maximum(np.array(token_ids, np.int32), 0)
-        places = self._num_tokens[rows] + _times_before(rows)
-        room = places < self._tokens.shape[1]
-        rows, tokens, places = rows[room], tokens[room], places[room]
-        self._tokens[rows, places] = tokens
-        self._num_tokens[rows] = places + 1
+        before = _times_before(rows)
+        places = self._num_tokens[rows] + before
+        kept = np.flatnonzero(places < self._tokens.shape[1])
+        if not self._apart:
+            self._tokens[rows[kept], places[kept]] = np.maximum(token_ids.numpy()[kept], 0)
+        else:
+            index = to_device(rows[kept] * self._tokens.shape[1] + places[kept], self._device)
+            chosen = token_ids.index_select(0, to_device(kept, self._device))
+            self._history.view(-1).index_copy_(0, index, chosen.clamp(min=0).int())
+        self._num_tokens[rows[kept][before[kept] == 0]] += 1
+        return places
+
+    def learn(self, sampled: Sequence[int], places: NDArray[np.int64], token_ids: Sequence[int]) -> None:
+        """On the host: tokens that were sampled for rows, at the places that `feed` gave them. Of a row that had drafts
+        these are the ones accepted."""
+        rows = np.array(sampled, np.int64)
+        kept = places < self._tokens.shape[1]
+        rows, places = rows[kept], places[kept]
+        self._tokens[rows, places] = np.maximum(np.array(token_ids, np.int32)[kept], 0)
+        np.maximum.at(self._num_tokens, rows, places + 1)
 
     def _bind(self, new: NewRow) -> None:
         row, params, tokens = new.row, new.params, np.frombuffer(new.tokens, np.uint32)
         if not 0 < new.num_prompt_tokens <= len(tokens) <= self._tokens.shape[1]:
             raise ValueError(f"row {row} cannot hold {len(tokens)} tokens with a prompt of {new.num_prompt_tokens}")
         self._params[row] = params
-        self._tokens[row, : len(tokens)] = tokens
+        self._write(row, 0, tokens)
         self._num_tokens[row] = len(tokens)
         self._num_prompt_tokens[row] = new.num_prompt_tokens
         self._num_blocks[row] = 0
@@ -177,10 +224,9 @@ class Rows:
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
         self._seed[row] = params.seed
-        self._penalised[row] = (
-            params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        )
-
+        self._repetition[row] = params.repetition_penalty
+        self._presence[row] = params.presence_penalty
+        self._frequency[row] = params.frequency_penalty
         self._limits[row] = self._prepare_limits(params)
 
     def _prepare_limits(self, params: SamplingParams) -> _Limits | None:
@@ -208,18 +254,14 @@ class Rows:
         first = int(self._num_tokens[scheduled.row])
         if first + len(scheduled.drafts) > self._tokens.shape[1]:
             raise ValueError(f"row {scheduled.row} cannot hold {len(scheduled.drafts)} drafts")
-        self._tokens[scheduled.row, first : first + len(scheduled.drafts)] = scheduled.drafts
+        self._write(scheduled.row, first, np.array(scheduled.drafts, np.int32))
 
-    def _penalties(self, row: int, index: int, num_tokens: int) -> Penalties:
-        params = self.params(row)
-        return Penalties(
-            index=index,
-            tokens=self._tokens[row, :num_tokens],
-            num_prompt_tokens=int(self._num_prompt_tokens[row]),
-            repetition=params.repetition_penalty,
-            presence=params.presence_penalty,
-            frequency=params.frequency_penalty,
-        )
+    def _write(self, row: int, first: int, tokens: NDArray[np.integer[Any]]) -> None:
+        """Tokens that the host knows, from position `first`."""
+        own = self._tokens[row, first : first + len(tokens)]
+        own[:] = tokens
+        if self._apart:
+            self._history[row, first : first + len(tokens)].copy_(to_device(own, self._device))
 
     def _limits_of(self, row: int, index: int, num_tokens: int, bitmask: bytes | None) -> Limits:
         limits = self._limits[row]

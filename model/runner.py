@@ -7,16 +7,18 @@ from array import array
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, SamplingParams, ScheduledRow
+from model.batch import ForwardBatch, NewRow, SampledTokens, SamplingParams, ScheduledRow
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, load_config
 from model.cores import usable_cores
 from model.deepseek import DeepseekForCausalLM
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
-from model.logprobs import SLICE_ROWS, as_column, logprobs_of
+from model.launched import LaunchedStep, Sampled, ScoredPrompt
+from model.logprobs import SLICE_ROWS, score, together
 from model.memory import available_memory, in_gib, require_memory, weight_bytes_in, weights_in
 from model.ops.cpu.library import library
 from model.ops.cpu.ops import CpuOps, obstacle
@@ -24,7 +26,7 @@ from model.ops.eager.ops import EagerOps
 from model.ops.interface import Ops
 from model.pool_size import ConfigError, size_pool
 from model.rows import Rows
-from model.sampler import sample
+from model.transfer import to_device
 from model.weights import CheckpointWeights
 from model.weights_cache import WeightsCache
 
@@ -64,67 +66,92 @@ class ModelRunner:
         self._rows = rows
         self._compute = model.ops.recorded(model.compute, model.config)
 
-    @torch.inference_mode()
+    @property
+    def overlaps(self) -> bool:
+        """The next step can be launched while this one runs. On a CPU there is nobody else to run it."""
+        return self.cache.data.device.type == "cuda"
+
     def execute(self, batch: ForwardBatch) -> SampledTokens:
         """Compute one step: latents of all its tokens go to the cache, rows with `sample` get their next token.
 
         Raises ValueError, having computed nothing, where the batch contradicts what the rows hold.
         """
-        outcome = SampledTokens(batch.step, [], [])
+        return self.launch(batch).collect()
+
+    @torch.inference_mode()
+    def launch(self, batch: ForwardBatch) -> LaunchedStep:
+        """The same without waiting for a device: the next step may be launched before this one is collected. It reads
+        the tokens that this one samples where they are; only behind drafts must they be collected first."""
         inputs = self.prepare(batch)
-        hidden, logits = self._compute(inputs, self.cache)
-        outcome.prompt_logprobs = self._prompt_logprobs(batch, inputs, hidden)
+        hidden, logits = self._compute_within_memory(inputs)
+        prompts = self._score_prompts(batch, inputs, hidden)
         rows = batch.sampled_rows
-        if rows:
-            asking = [i for i, row in enumerate(rows) if self._rows.params(row).logprobs is not None]
-            raw = logits[asking] if asking else logits  # a copy: sampling overwrites
-            token_ids = sample(logits, self._rows.sampling_inputs(rows, batch.grammar_bitmasks))
-            accepted = batch.accepted(token_ids)
-            outcome.rows = [rows[i] for i in accepted]
-            outcome.token_ids = [token_ids[i] for i in accepted]
-            if asking:
-                kept = set(accepted)
-                asked = [place for place, i in enumerate(asking) if i in kept]
-                places = [asking[place] for place in asked]
-                outcome.logprobs = self._logprobs([rows[i] for i in places], [token_ids[i] for i in places], raw[asked])
-            self._rows.append(outcome.rows, outcome.token_ids)
-        return outcome
+        if not rows:
+            return LaunchedStep(batch, self._rows, None, prompts)
+        asked = {i: number for i, row in enumerate(rows) if (number := self._rows.params(row).logprobs) is not None}
+        asking = to_device(np.array(list(asked), np.int64), logits.device) if asked else None
+        raw = logits if asking is None else logits.index_select(0, asking)  # a copy: sampling overwrites
+        token_ids = self.model.ops.sample(logits, self._rows.sampling_inputs(rows, batch.grammar_bitmasks))
+        places = self._rows.feed(rows, token_ids)
+        scores = None
+        if asking is not None:
+            scores = score(raw, token_ids.index_select(0, asking), max(asked.values()))
+        return LaunchedStep(batch, self._rows, Sampled(token_ids, places, asked, scores), prompts)
 
-    def _logprobs(self, rows: list[int], token_ids: list[int], raw: torch.Tensor) -> dict[int, Logprobs]:
-        """By row, of its sampled tokens; `raw` are the logits of each."""
-        num_top = [self._rows.params(row).logprobs or 0 for row in rows]
-        columns = {row: Logprobs([], []) for row in rows}
-        for first in range(0, len(rows), SLICE_ROWS):
-            part = slice(first, first + SLICE_ROWS)
-            chosen = [max(token_id, 0) for token_id in token_ids[part]]
-            for row, entry in zip(rows[part], logprobs_of(raw[part], chosen, num_top[part]), strict=True):
-                columns[row].extend(as_column([entry]))
-        return columns
+    def _compute_within_memory(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states and logits. A step whose activations do not fit is computed half by half: latents that
+        were written are written again, the same."""
+        try:
+            return self._compute(inputs, self.cache)
+        except torch.OutOfMemoryError as error:
+            if inputs.num_tokens == 1:
+                raise
+            logger.warning("a step of %d tokens is computed in parts: %s", inputs.num_tokens, error)
+        hidden = self._hidden_in_parts(inputs)
+        return hidden, self.model.logits(self.model.ops.gather(hidden, inputs.sample_index))
 
-    def _prompt_logprobs(self, batch: ForwardBatch, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, Logprobs]:
+    def _hidden_in_parts(self, inputs: StepInputs) -> torch.Tensor:
+        if self.cache.data.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is left in pieces of other sizes
+        parts = []
+        for part in inputs.halves():
+            try:
+                parts.append(self.model(part, self.cache))
+            except torch.OutOfMemoryError:
+                if part.num_tokens == 1:
+                    raise
+                parts.append(self._hidden_in_parts(part))
+        return torch.cat(parts)
+
+    def _score_prompts(self, batch: ForwardBatch, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, ScoredPrompt]:
         """Of the prompt tokens that this step's positions predict, for rows that ask.
 
         The head runs over a few positions at a time: the logits of a long prompt, 50 GiB at 128K tokens, never exist.
         """
-        columns: dict[int, Logprobs] = {}
+        prompts: dict[int, ScoredPrompt] = {}
         for scheduled, first in zip(batch.rows, inputs.query_start, strict=False):
             num_top = self._rows.params(scheduled.row).prompt_logprobs
             if num_top is None:
                 continue
             predicted = self._rows.predicted_prompt_tokens(scheduled)
-            entries = []
-            for start in range(0, len(predicted), SLICE_ROWS):
-                tokens = predicted[start : start + SLICE_ROWS]
-                logits = self.model.logits(hidden[first + start : first + start + len(tokens)])
-                entries += logprobs_of(logits, tokens, [num_top] * len(tokens))
-            if entries:
-                columns[scheduled.row] = as_column(entries)
-        return columns
+            if predicted:
+                token_ids = to_device(np.array(predicted, np.int64), hidden.device)
+                states = hidden[first : first + len(predicted)]
+                scores = together(
+                    [
+                        score(self.model.logits(part), chosen, num_top)
+                        for part, chosen in zip(
+                            torch.split(states, SLICE_ROWS), torch.split(token_ids, SLICE_ROWS), strict=True
+                        )
+                    ]
+                )
+                prompts[scheduled.row] = ScoredPrompt(predicted, num_top, scores)
+        return prompts
 
     def prepare(self, batch: ForwardBatch) -> StepInputs:
         """Apply `batch` to the rows and gather what the network reads."""
         self._rows.update(batch)
-        return self._rows.step_inputs(batch, self.cache.data.device)
+        return self._rows.step_inputs(batch)
 
     def warm_up(self, max_num_tokens: int) -> None:
         """Prefill and decode once on row 0 and block 0, the way every request goes; then both are free again.
@@ -196,7 +223,7 @@ def load_runner(
         packed.write(weights.made)
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
-    rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids)
+    rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids, torch_device)
     runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len, weight_bytes)
     if ops.name == "cpu":
         torch.set_num_threads(1)  # its threads would spin on the cores of the kernels' own

@@ -24,23 +24,6 @@ SLICE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
-class Penalties:
-    """What one row has against repeating itself."""
-
-    index: int
-    """Which of the S rows."""
-    tokens: NDArray[np.int32]
-    """Prompt and output so far."""
-    num_prompt_tokens: int
-    repetition: float
-    """Divides positive and multiplies negative logits of every id in `tokens`; 1 is off."""
-    presence: float
-    """Subtracted from the logits of every id in the output; 0 is off."""
-    frequency: float
-    """Subtracted as often as the id occurs in the output; 0 is off."""
-
-
-@dataclass(frozen=True, slots=True)
 class Limits:
     """Which ids one row may draw, and what is added to their logits. Empty arrays and None limit nothing."""
 
@@ -69,15 +52,29 @@ class SamplingInputs:
     seed: NDArray[np.uint64]
     position: NDArray[np.int64]
     """Index the chosen token gets in its request."""
-    penalties: list[Penalties]
-    """Only of rows that have any."""
+    repetition: NDArray[np.float64]
+    """Divides positive and multiplies negative logits of every id in prompt and output; 1 is off."""
+    presence: NDArray[np.float64]
+    """Subtracted from the logits of every id in the output; 0 is off."""
+    frequency: NDArray[np.float64]
+    """Subtracted as often as the id occurs in the output; 0 is off."""
+    row: NDArray[np.int64]
+    """The line of `history` with each one's tokens: `num_prompt_tokens` of prompt, then output, up to `position`."""
+    num_prompt_tokens: NDArray[np.int64]
+    history: torch.Tensor
+    """[N, L] int32, on the device of the logits; only penalties read it."""
     limits: list[Limits]
     """Only of rows that have any."""
 
+    @property
+    def penalised(self) -> NDArray[np.int64]:
+        """Which of the S rows have any penalty."""
+        return np.flatnonzero((self.repetition != 1.0) | (self.presence != 0.0) | (self.frequency != 0.0))
 
-def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
-    """One token id for each row of `logits` [S, V] float32 (overwritten); -1 where a row is not finite or its limits
-    leave nothing to draw.
+
+def sample(logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
+    """One token id for each row of `logits` [S, V] float32 (overwritten), int64 [S]; -1 where a row is not finite or
+    its limits leave nothing to draw.
 
     Order: limits (grammar, allowed, banned, bias), then as transformers: penalties, temperature, top_k, top_p, min_p,
     draw. Equal logits: the lowest id first.
@@ -86,15 +83,15 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
     for limits in inputs.limits:
         limit(logits[limits.index], limits)
         finite[limits.index] &= logits[limits.index].amax() > -torch.inf
-    for penalties in inputs.penalties:
-        penalise(logits[penalties.index], penalties)
+    for index in inputs.penalised.tolist():
+        penalise(logits[index], inputs, index)
     chosen = argmax(logits)
     drawn = np.flatnonzero(inputs.temperature > 0)
     slice_rows = max(1, SLICE_ELEMENTS // logits.shape[1])
     for first in range(0, drawn.size, slice_rows):
         rows = drawn[first : first + slice_rows]
         chosen[torch.from_numpy(rows).to(logits.device)] = draw(logits, inputs, rows)
-    return torch.where(finite, chosen, -1).tolist()
+    return torch.where(finite, chosen, -1)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -132,26 +129,29 @@ def limit(logits: torch.Tensor, limits: Limits) -> None:
         logits[torch.from_numpy(limits.biased).to(device)] += torch.from_numpy(limits.bias).to(device)
 
 
-def penalise(logits: torch.Tensor, penalties: Penalties) -> None:
+def penalise(logits: torch.Tensor, inputs: SamplingInputs, index: int) -> None:
     """Apply one row's penalties to its logits [V] in place.
 
     Counts are taken from the row's tokens each time: a few hundred microseconds at 100,000 tokens or ids, and no
     counts that a preemption could lose.
     """
-    vocab_size = logits.shape[0]
+    tokens = inputs.history[inputs.row[index], : inputs.position[index]].cpu().numpy()
+    repetition, presence, frequency = (
+        float(column[index]) for column in (inputs.repetition, inputs.presence, inputs.frequency)
+    )
 
     def counted(tokens: NDArray[np.int32]) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = np.bincount(tokens, minlength=vocab_size)
+        counts = np.bincount(tokens, minlength=logits.shape[0])
         ids = np.flatnonzero(counts)
         return torch.from_numpy(ids).to(logits.device), torch.from_numpy(counts[ids]).to(logits.device)
 
-    if penalties.repetition != 1.0:
-        ids, _ = counted(penalties.tokens)
+    if repetition != 1.0:
+        ids, _ = counted(tokens)
         seen = logits[ids]
-        logits[ids] = torch.where(seen > 0, seen / penalties.repetition, seen * penalties.repetition)
-    if penalties.presence or penalties.frequency:
-        ids, counts = counted(penalties.tokens[penalties.num_prompt_tokens :])
-        logits[ids] -= penalties.presence + penalties.frequency * counts.float()
+        logits[ids] = torch.where(seen > 0, seen / repetition, seen * repetition)
+    if presence or frequency:
+        ids, counts = counted(tokens[inputs.num_prompt_tokens[index] :])
+        logits[ids] -= presence + frequency * counts.float()
 
 
 def boltzmann(logits: torch.Tensor, temperature: NDArray[np.float64]) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """The engine process: `python -m scheduler.engine --fd N`, N being its end of the front-end's socketpair.
 
 Three threads. The *reader* receives, decodes and hashes prompts; what it makes waits in the inbox. The *main* thread
-loads the model and then loops: inbox, schedule, execute, inbox again (aborts take effect before the step's tokens do),
-update, outbox. It alone touches scheduler, block pool and model. The *writer* encodes and sends, so that a slow socket
-never stops the model, and says once a second how long the running step has taken.
+loads the model and then loops: inbox, schedule, launch, collect, inbox again (aborts take effect before the step's
+tokens do), update, outbox. It alone touches scheduler, block pool and model. The *writer* encodes and sends, so that a
+slow socket never stops the model, and says once a second how long the running step has taken.
+
+Where the model runs on a device of its own, steps overlap: the next one is scheduled and launched before the tokens of
+the one that runs are collected, so that the device does not wait for the host. With drafts they do not, because what
+is drafted follows from known tokens.
 
 The front-end's end of file ends the process at once, in every state: there is nobody left to work for. Signals do not:
 the front-end decides, and it may still be draining.
@@ -20,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +100,17 @@ class Runner(Protocol):
     @property
     def instruction_set(self) -> str | None: ...
 
-    def execute(self, batch: ForwardBatch) -> SampledTokens: ...
+    @property
+    def overlaps(self) -> bool:
+        """A step may be launched before the one before it is collected."""
+
+    def launch(self, batch: ForwardBatch) -> Launched: ...
+
+
+class Launched(Protocol):
+    """A step that the worker has begun, `model.launched.LaunchedStep`."""
+
+    def collect(self) -> SampledTokens: ...
 
 
 RunnerFactory = Callable[[EngineConfig], Runner]
@@ -236,15 +251,34 @@ def _check_ids(params: SamplingParams, vocab_size: int) -> None:
         raise ValueError(f"a token id of the sampling parameters is outside the vocabulary of {vocab_size}")
 
 
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step between its launch and its update."""
+
+    number: int
+    launched: Launched
+    constrained: set[str]
+    """Requests that sample under a grammar in it."""
+
+
 class Engine:
     """The main loop."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, grammars: Grammars, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        grammars: Grammars,
+        inbox: Inbox,
+        outbox: Outbox,
+        overlap: bool = False,
+    ) -> None:
+        """`overlap`: have a second step in flight while the tokens of the first are not known."""
         self.stats = scheduler.stats()
         """As of the last step or change; replaced, never written to, so that the writer can read it."""
         self.step = 0
         self.step_started: float | None = None
-        """Monotonic time at which the running step began; None between steps."""
+        """Monotonic time at which the running step began, as far as the host can tell; None between steps."""
         self.open_ids: set[str] = set()
         """Accepted requests without their terminal event."""
         self._scheduler = scheduler
@@ -252,6 +286,8 @@ class Engine:
         self._grammars = grammars
         self._inbox = inbox
         self._outbox = outbox
+        self._in_flight: deque[InFlight] = deque()
+        self._most_in_flight = 2 if overlap else 1
         self._refused: dict[str, Finished] = {}
         self._deadline: float | None = None
         """Monotonic time at which draining ends; None until `Shutdown`."""
@@ -259,29 +295,49 @@ class Engine:
     def run(self) -> None:
         """Until a `Shutdown` is carried out. An exception of a step comes out as it is."""
         while True:
-            self._drain_inbox(wait=not (self._scheduler.has_work or self._draining))
+            self._drain_inbox(wait=not (self._scheduler.has_work or self._in_flight or self._draining))
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 for request_id in self.open_ids:
                     self._scheduler.finish(request_id, _DRAIN_ABORTED)
-            self.step_started = time.monotonic()
-            batch = self._scheduler.schedule(self.step_started)
-            if batch is not None:
-                self.step = batch.step
-                constrained = self._mask(batch)
-                sampled = self._runner.execute(batch)
-                self._drain_inbox(wait=False)
-                result = self._scheduler.update(sampled, time.monotonic())
-                self._follow_grammars(constrained, result)
-                step_seconds = time.monotonic() - self.step_started
-                self.step_started = None
-                self._put(result, step_seconds)
-                continue
-            self.step_started = None
-            if self._scheduler.has_work:
-                raise RuntimeError("there are requests, but no step can be scheduled")
-            self._put(StepResult(finished=self._scheduler.take_finished()), self.stats.step_seconds)
-            if self._draining:
-                return
+            if self._launch():
+                if len(self._in_flight) == self._most_in_flight:
+                    self._collect()
+            elif self._in_flight:
+                self._collect()
+            else:
+                if self._scheduler.has_work:
+                    raise RuntimeError("there are requests, but no step can be scheduled")
+                self._put(StepResult(finished=self._scheduler.take_finished()), self.stats.step_seconds)
+                if self._draining:
+                    return
+
+    def _launch(self) -> bool:
+        """Begin the next step, if there is anything to compute."""
+        now = time.monotonic()
+        batch = self._scheduler.schedule(now)
+        if batch is None:
+            return False
+        self.step = batch.step
+        if self.step_started is None:
+            self.step_started = now
+        constrained = self._mask(batch)
+        self._in_flight.append(InFlight(batch.step, self._runner.launch(batch), constrained))
+        return True
+
+    def _collect(self) -> None:
+        """End the oldest step in flight."""
+        self.step = self._in_flight[0].number
+        sampled = self._in_flight[0].launched.collect()
+        constrained = self._in_flight.popleft().constrained
+        self._drain_inbox(wait=False)
+        now = time.monotonic()
+        result = self._scheduler.update(sampled, now)
+        self._follow_grammars(constrained, result)
+        assert self.step_started is not None
+        now = time.monotonic()
+        step_seconds = now - self.step_started
+        self.step_started = now if self._in_flight else None
+        self._put(result, step_seconds)
 
     @property
     def _draining(self) -> bool:
@@ -430,7 +486,8 @@ def run_engine(
         return fail(EXIT_FAILURE, EngineFailed(kind="load", message=f"{type(error).__name__}: {_one_line(error)}"))
 
     outbox = Outbox()
-    engine = Engine(scheduler, runner, grammars, reader.inbox, outbox)
+    overlap = runner.overlaps and config.speculative == "off"
+    engine = Engine(scheduler, runner, grammars, reader.inbox, outbox, overlap)
     reader.accept_requests(scheduler, grammars, runner.vocab_size)
     channel.send(_describe(config, runner, time.monotonic() - started))
     writer = threading.Thread(target=write_messages, args=(channel, outbox, engine), name="writer", daemon=True)

@@ -42,6 +42,9 @@ class Request:
     block_hashes: list[bytes]
     """Of the full blocks of `tokens`: all of the prompt's, the output's as they fill up."""
     has_grammar: bool = False
+    in_lockstep: bool = False
+    """What may come next follows from known tokens alone (a grammar, banned sequences): never scheduled while one of
+    its tokens is in flight."""
     drafter: NgramDrafter | None = None
     """Where drafts come from, for a request that has any."""
     progress: bool = False

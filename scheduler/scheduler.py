@@ -12,7 +12,8 @@ and no block: they end with the request's last one, so that what was wrong leave
 right tokens overwrite. Until it is known how many were right the request is not scheduled again.
 
 **Steps in flight.** `num_computed_tokens` advances when a step is scheduled, and a token that a step
-will sample counts at once, so the next step can be planned before this one's tokens are known. What a
+will sample counts at once, so the next step can be planned before this one's tokens are known. A request whose next
+token is limited by the ones before it, by a grammar or banned sequences, sits such a step out. What a
 step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
 block enters the prefix index only then.
 
@@ -175,6 +176,7 @@ class Scheduler:
             root=root,
             block_hashes=chain_hashes(root, tokens, self.block_size) if self._prefix_cache else [],
             has_grammar=message.grammar is not None,
+            in_lockstep=message.grammar is not None or any(len(word) > 1 for word in params.bad_words),
             drafter=NgramDrafter(tokens) if self._speculative and message.grammar is None else None,
             progress=message.progress,
             arrived_at=now,
@@ -329,7 +331,11 @@ class Scheduler:
         """Tokens that a running request has and are not computed."""
         # The token that reaches the limit is sampled, perhaps still in flight, and ends the request. With drafts in
         # flight it is open which token comes next.
-        if request.num_tokens >= request.max_num_tokens or (request.drafts and request.steps_in_flight):
+        if (
+            request.num_tokens >= request.max_num_tokens
+            or (request.drafts and request.steps_in_flight)
+            or (request.in_lockstep and request.num_tokens > len(request.tokens))
+        ):
             return 0
         return request.num_tokens - request.num_computed_tokens
 

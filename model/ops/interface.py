@@ -18,6 +18,7 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
 from model.rotary import Rotation
+from model.sampler import SamplingInputs
 
 
 class PackedWeight(NamedTuple):
@@ -164,6 +165,10 @@ class Ops(Protocol):
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """x [S, in] -> [S, out] float32."""
+        ...
+
+    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+        """See `model.sampler.sample`."""
         ...
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.batch import Logprobs
+from model.launched import LaunchedStep
 from model.runner import load_runner
 from scheduler.block_pool import BlockPool
 from scheduler.config import BLOCK_SIZE
@@ -99,8 +101,10 @@ class Engine:
         requests: list[AddRequest],
         preempt_every: int | None = None,
         answers: list[list[int]] | None = None,
+        overlap: bool = False,
     ) -> Outcome:
-        """Run to the end; with `preempt_every`, the newest running request gives way every so many steps.
+        """Run to the end; with `preempt_every`, the newest running request gives way every so many steps. `overlap`:
+        every step is launched before the one before it is collected.
 
         `answers`: what to guess, instead of what n-grams do.
         """
@@ -114,12 +118,17 @@ class Engine:
             if answers is not None:
                 request.drafter = Oracle(request.tokens, answers[index])
             assert self.scheduler.add(request) is None
-        while self.scheduler.has_work:
+        launched: deque[LaunchedStep] = deque()
+        while self.scheduler.has_work or launched:
             batch = self.scheduler.schedule()
-            assert batch is not None
-            if preempt_every and batch.step % preempt_every == preempt_every - 1:
-                self.scheduler._preempt(self.scheduler._running[-1])
-            result = self.scheduler.update(self.runner.execute(batch))
+            assert batch is not None or launched
+            if batch is not None:
+                launched.append(self.runner.launch(batch))
+                if preempt_every and batch.step % preempt_every == preempt_every - 1 and self.scheduler._running:
+                    self.scheduler._preempt(self.scheduler._running[-1])
+                if overlap and len(launched) == 1:
+                    continue
+            result = self.scheduler.update(launched.popleft().collect())
             cached |= {request_id: started.cached_tokens for request_id, started in result.started.items()}
             for column, news in ((logprobs, result.logprobs), (prompt_logprobs, result.prompt_logprobs)):
                 for request_id, entries in news.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.batch import Logprobs, SamplingParams
 from model.config import load_config
-from model.logprobs import SLICE_ROWS, logprobs_of
+from model.logprobs import SLICE_ROWS, entries_of, score
 from model.reference import reference_logits
 from scheduler.config import BLOCK_SIZE
 from scheduler.messages import AddRequest
@@ -22,6 +22,12 @@ from tests.model.engine import Engine, Outcome
 
 MAX_TOKENS = 6
 TOLERANCE = 1e-4
+
+
+def logprobs_of(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[tuple[list[int], list[float]]]:
+    """Of each row: its token, then its likeliest ones."""
+    scores = score(logits, torch.tensor(token_ids), max(num_top))
+    return [(e.token_ids[0], e.logprobs[0]) for e in entries_of(scores, token_ids, num_top)]
 
 
 def test_a_tokens_own_comes_first_then_the_likeliest_and_of_equal_ones_the_lowest_id() -> None:

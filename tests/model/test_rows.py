@@ -13,9 +13,7 @@ from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE
 from model.rows import Rows
-from model.sampler import limit
-
-CPU = torch.device("cpu")
+from model.sampler import SamplingInputs, limit
 
 
 def new_row(row: int, tokens: list[int], num_prompt_tokens: int | None = None, **params: Any) -> NewRow:
@@ -31,7 +29,18 @@ def new_row(row: int, tokens: list[int], num_prompt_tokens: int | None = None, *
 
 def run(rows: Rows, batch: ForwardBatch) -> StepInputs:
     rows.update(batch)
-    return rows.step_inputs(batch, CPU)
+    return rows.step_inputs(batch)
+
+
+def append(rows: Rows, sampled: list[int], token_ids: list[int]) -> None:
+    """As a step does that samples these and has no drafts."""
+    rows.learn(sampled, rows.feed(sampled, torch.tensor(token_ids)), token_ids)
+
+
+def tokens_of(inputs: SamplingInputs, index: int) -> list[int]:
+    """Prompt and output, as penalties see them."""
+    tokens: list[int] = inputs.history[inputs.row[index], : inputs.position[index]].tolist()
+    return tokens
 
 
 def test_a_mixed_batch_is_gathered_token_by_token() -> None:
@@ -68,12 +77,31 @@ def test_a_row_takes_its_sampled_tokens_itself() -> None:
     rows = Rows(max_num_seqs=2, max_model_len=64)
     prefill = [ScheduledRow(0, 0, 2, [7], sample=True), ScheduledRow(1, 0, 1, [3], sample=False)]
     run(rows, ForwardBatch(0, prefill, [new_row(0, [5, 6]), new_row(1, [8, 9])]))
-    rows.append([0], [41])
+    append(rows, [0], [41])
     decode = run(rows, ForwardBatch(1, [ScheduledRow(1, 1, 1, sample=True), ScheduledRow(0, 2, 1, sample=True)]))
     assert decode.token_ids.tolist() == [9, 41]
     assert decode.slot_mapping.tolist() == [3 * BLOCK_SIZE + 1, 7 * BLOCK_SIZE + 2]
-    rows.append([1, 0], [42, 43])
+    append(rows, [1, 0], [42, 43])
     assert run(rows, ForwardBatch(2, [ScheduledRow(0, 3, 1), ScheduledRow(1, 2, 1)])).token_ids.tolist() == [43, 42]
+
+
+def test_a_row_can_run_again_before_its_token_is_known() -> None:
+    """Several steps are launched before the first is collected, whose tokens come late and not in the way."""
+    rows = Rows(max_num_seqs=2, max_model_len=64)
+    first = [ScheduledRow(0, 0, 2, [7], sample=True), ScheduledRow(1, 0, 1, [3], sample=True)]
+    run(rows, ForwardBatch(0, first, [new_row(0, [5, 6]), new_row(1, [8], frequency_penalty=1.0)]))
+    places = [rows.feed([0, 1], torch.tensor([41, 51]))]
+    for step, tokens in ((1, [42, 52]), (2, [43, 53])):
+        batch = ForwardBatch(step, [ScheduledRow(1, step, 1, sample=True), ScheduledRow(0, step + 1, 1, sample=True)])
+        assert run(rows, batch).token_ids.tolist() == [50 + step, 40 + step]
+        sampling = rows.sampling_inputs([1, 0])
+        assert sampling.position.tolist() == [step + 1, step + 2]
+        assert tokens_of(sampling, 0) == [8, 51, 52, 53][: step + 1]
+        places.append(rows.feed([1, 0], torch.tensor(tokens[::-1])))
+    for sampled, place, tokens in zip(([0, 1], [1, 0], [1, 0]), places, ([41, 51], [52, 42], [53, 43]), strict=True):
+        rows.learn(sampled, place, tokens)
+    last = run(rows, ForwardBatch(3, [ScheduledRow(0, 4, 1, sample=True), ScheduledRow(1, 3, 1, sample=True)]))
+    assert last.token_ids.tolist() == [43, 53]
 
 
 def test_behind_drafts_a_row_samples_as_if_they_were_its_tokens() -> None:
@@ -81,7 +109,7 @@ def test_behind_drafts_a_row_samples_as_if_they_were_its_tokens() -> None:
     prefill = [ScheduledRow(row, 0, 3, [row], sample=True) for row in range(2)]
     prompts = [new_row(0, [5, 6, 7], frequency_penalty=0.5), new_row(1, [8, 8, 8], bad_words=((30, 31, 32),))]
     run(rows, ForwardBatch(0, prefill, prompts))
-    rows.append([0, 1], [20, 30])
+    append(rows, [0, 1], [20, 30])
     drafted = ForwardBatch(
         1,
         [
@@ -99,10 +127,12 @@ def test_behind_drafts_a_row_samples_as_if_they_were_its_tokens() -> None:
     sampling = rows.sampling_inputs(drafted.sampled_rows)
     assert sampling.position.tolist() == [4, 5, 6, 4, 5]
     assert [limits.banned.tolist() for limits in sampling.limits] == [[], [32], []]
-    assert [(p.index, p.tokens.tolist()) for p in sampling.penalties] == [(3, [5, 6, 7, 20]), (4, [5, 6, 7, 20, 21])]
+    assert sampling.penalised.tolist() == [3, 4]
+    assert [tokens_of(sampling, i) for i in (3, 4)] == [[5, 6, 7, 20], [5, 6, 7, 20, 21]]
 
     assert drafted.accepted([31, 41, 9, 21, 50]) == [0, 1, 3, 4]
-    rows.append([1, 1, 0, 0], [31, 41, 21, 50])
+    places = rows.feed(drafted.sampled_rows, torch.tensor([31, 41, 9, 21, 50]))
+    rows.learn([1, 1, 0, 0], places[[0, 1, 3, 4]], [31, 41, 21, 50])
     after = run(rows, ForwardBatch(2, [ScheduledRow(1, 5, 1, sample=True), ScheduledRow(0, 5, 1, sample=True)]))
     assert after.token_ids.tolist() == [41, 50]
     assert rows.sampling_inputs([1, 0]).position.tolist() == [6, 6]
@@ -120,14 +150,14 @@ def test_drafts_are_accepted_up_to_the_first_that_is_wrong(token_ids: list[int],
 def test_a_row_whose_logits_were_not_finite_can_still_run_the_step_planned_ahead() -> None:
     rows = Rows(max_num_seqs=1, max_model_len=8)
     run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 1, [0], sample=True)], [new_row(0, [5])]))
-    rows.append([0], [-1])
+    append(rows, [0], [-1])
     assert run(rows, ForwardBatch(1, [ScheduledRow(0, 1, 1, sample=True)])).token_ids.tolist() == [0]
 
 
 def test_a_full_row_takes_no_more() -> None:
     rows = Rows(max_num_seqs=1, max_model_len=2)
     run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 2, [0], sample=True)], [new_row(0, [5, 6])]))
-    rows.append([0], [7])
+    append(rows, [0], [7])
     assert rows.sampling_inputs([0]).position.tolist() == [2]
 
 
@@ -150,9 +180,9 @@ def test_sampling_inputs_follow_the_order_of_the_batch() -> None:
     assert inputs.min_p.tolist() == [0.0, 0.1]
     assert inputs.seed.tolist() == [0, seed]
     assert inputs.position.tolist() == [3, 1]
-    (penalties,) = inputs.penalties
-    assert (penalties.index, penalties.tokens.tolist(), penalties.num_prompt_tokens) == (0, [7, 8, 9], 2)
-    assert (penalties.repetition, penalties.presence, penalties.frequency) == (1.5, 0.0, 0.25)
+    assert inputs.penalised.tolist() == [0]
+    assert (tokens_of(inputs, 0), inputs.num_prompt_tokens[0]) == ([7, 8, 9], 2)
+    assert (inputs.repetition[0], inputs.presence[0], inputs.frequency[0]) == (1.5, 0.0, 0.25)
 
 
 def drawable(rows: Rows, row: int, **bitmasks: bytes) -> set[int]:
@@ -180,13 +210,13 @@ def test_limits_follow_what_was_generated() -> None:
     assert drawable(rows, 0) == everything - {1, 4, 9}
     assert drawable(rows, 1) == {1, 2, 3}
     assert drawable(rows, 2) == everything - {7}, "the prompt was not generated"
-    rows.append([0, 1, 2], [5, 1, 5])
+    append(rows, [0, 1, 2], [5, 1, 5])
     assert drawable(rows, 0) == everything - {1, 4, 9}
     assert drawable(rows, 1) == {1, 2, 3, 4}
-    rows.append([0, 2], [5, 5])
+    append(rows, [0, 2], [5, 5])
     assert drawable(rows, 0) == everything - {9}
     assert drawable(rows, 2) == everything - {7, 2}
-    rows.append([2], [6])
+    append(rows, [2], [6])
     assert drawable(rows, 2) == everything - {7, 3}
     assert drawable(rows, 2, bitmask=bytes([0b10001000, 0b10])) == {9}
     inputs = rows.sampling_inputs([0, 2])
@@ -214,13 +244,13 @@ def test_a_rebound_row_keeps_nothing_of_its_last_request() -> None:
     rows = Rows(max_num_seqs=1, max_model_len=256)
     first = new_row(0, [1] * 100, presence_penalty=1.0, temperature=0.0, seed=3, min_tokens=5)
     run(rows, ForwardBatch(0, [ScheduledRow(0, 0, 100, [4, 5], sample=True)], [first]))
-    rows.append([0], [17])
+    append(rows, [0], [17])
     second = new_row(0, [2], block_table=[9])
     inputs = run(rows, ForwardBatch(1, [ScheduledRow(0, 0, 1, sample=True)], [second], released_rows=[0]))
     assert inputs.token_ids.tolist() == [2]
     assert inputs.slot_mapping.tolist() == [9 * BLOCK_SIZE]
     sampling = rows.sampling_inputs([0])
-    assert not sampling.penalties
+    assert not sampling.penalised.size
     assert not sampling.limits
     assert (sampling.temperature.tolist(), sampling.seed.tolist(), sampling.position.tolist()) == ([1.0], [0], [1])
 

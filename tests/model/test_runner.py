@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
 from model.config import CheckpointError, load_config
+from model.inputs import StepInputs
 from model.pool_size import ConfigError
 from model.reference import reference_logits
 from model.runner import ModelRunner, load_runner
@@ -139,3 +142,48 @@ def test_a_step_that_contradicts_the_rows_is_an_error_and_computes_nothing(check
     with pytest.raises(ValueError, match="step 1"):
         runner.execute(ForwardBatch(1, [ScheduledRow(0, 9, 1, sample=True)]))
     torch.testing.assert_close(runner.cache.data, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("room", [1, 3, 40])
+def test_a_step_whose_activations_do_not_fit_is_computed_in_parts(
+    checkpoint: Path, room: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts and a decoding row, cut anywhere; nothing in the rows or the cache tells it from a step that fits."""
+    prompts = [[(7 * i) % 250 + 2 for i in range(70)], [5, 6, 7], [9]]
+    new, rows = zip(*(prefill(i, list(p), [2 * i + 1, 2 * i]) for i, p in enumerate(prompts)), strict=True)
+    decode = [ScheduledRow(i, len(p), 1, sample=True) for i, p in enumerate(prompts)]
+    batches = [ForwardBatch(0, list(rows), list(new)), ForwardBatch(1, decode)]
+    exact = load(checkpoint)
+    exact.cache.data.zero_()
+    expected = [exact.execute(batch).token_ids for batch in batches]
+
+    runner = load(checkpoint)
+    runner.cache.data.zero_()
+    compute, network = runner._compute, runner.model.__class__.__call__
+
+    def within(call: Callable[..., Any], inputs: StepInputs) -> Any:
+        if inputs.num_tokens > room:
+            raise torch.OutOfMemoryError("no room")
+        return call(inputs, runner.cache)
+
+    monkeypatch.setattr(runner, "_compute", lambda inputs, _: within(compute, inputs))
+    monkeypatch.setattr(
+        runner.model.__class__, "__call__", lambda self, inputs, _: within(partial(network, self), inputs)
+    )
+    new, rows = zip(*(prefill(i, list(p), [2 * i + 1, 2 * i]) for i, p in enumerate(prompts)), strict=True)
+    batches = [ForwardBatch(0, list(rows), list(new)), ForwardBatch(1, decode)]
+    assert [runner.execute(batch).token_ids for batch in batches] == expected
+    assert "a step of 74 tokens is computed in parts" in caplog.text
+    torch.testing.assert_close(runner.cache.data, exact.cache.data, rtol=1e-3, atol=1e-3)
+
+
+def test_a_single_token_that_does_not_fit_is_an_error(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = load(checkpoint)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(runner, "_compute", full)
+    new, row = prefill(0, [5], [0])
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.execute(ForwardBatch(0, [row], [new]))

@@ -10,18 +10,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from model import sampler
 from model.sampler import (
     CANDIDATES,
     GOLDEN_GAMMA,
     SLICE_ELEMENTS,
     Limits,
-    Penalties,
     SamplingInputs,
     exponentials,
     mix64,
-    sample,
     truncate,
 )
+
+
+def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
+    tokens: list[int] = sampler.sample(logits, inputs).tolist()
+    return tokens
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,18 +59,28 @@ def inputs_of(rows: list[dict[str, Any]], vocab_size: int = 0) -> SamplingInputs
     def column(name: str, default: float, dtype: type) -> NDArray[Any]:
         return np.array([row.get(name, default) for row in rows], dtype)
 
+    def penalties(place: int, default: float, dtype: type) -> NDArray[Any]:
+        return np.array([row["penalties"][place] if "penalties" in row else default for row in rows], dtype)
+
+    # The position of a row is the number of its tokens: those with penalties have both.
+    tokens = [row["penalties"][0] if "penalties" in row else [] for row in rows]
+    history = np.full((len(rows), max(map(len, tokens), default=0) + 3), -7, np.int32)
+    for line, own in zip(history[::-1], tokens, strict=True):
+        line[: len(own)] = own
+    positions = [len(own) or row.get("position", 0) for row, own in zip(rows, tokens, strict=True)]
     return SamplingInputs(
         temperature=column("temperature", 1.0, np.float64),
         top_k=column("top_k", 0, np.int64),
         top_p=column("top_p", 1.0, np.float64),
         min_p=column("min_p", 0.0, np.float64),
         seed=column("seed", 0, np.uint64),
-        position=column("position", 0, np.int64),
-        penalties=[
-            Penalties(i, np.array(row["penalties"][0], np.int32), *row["penalties"][1:])
-            for i, row in enumerate(rows)
-            if "penalties" in row
-        ],
+        position=np.array(positions, np.int64),
+        repetition=penalties(2, 1.0, np.float64),
+        presence=penalties(3, 0.0, np.float64),
+        frequency=penalties(4, 0.0, np.float64),
+        row=np.arange(len(rows))[::-1],
+        num_prompt_tokens=penalties(1, 0, np.int64),
+        history=torch.from_numpy(history),
         limits=[limits_of(i, row["limits"], vocab_size) for i, row in enumerate(rows) if "limits" in row],
     )
 
@@ -85,6 +99,7 @@ def random_rows(count: int, vocab_size: int, rng: np.random.Generator) -> list[d
         if i % 3 == 0:
             tokens = rng.integers(vocab_size, size=30).tolist()
             row["penalties"] = (tokens, 12, *(float(x) for x in rng.choice([0.5, 1.0, 1.5, 2.0], 3)))
+            row["position"] = len(tokens)
         if i % 4 < 2:
             ids = rng.permutation(vocab_size)
             kinds = {

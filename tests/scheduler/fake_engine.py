@@ -63,19 +63,22 @@ class FakeRunner:
         time.sleep(args.load_seconds)
         self.num_blocks = config.num_blocks or 4096
         self._args = args
+        self.overlaps: bool = args.overlap
         self._rows: dict[int, list[int]] = {}
         """Row: [checksum of its tokens, their number]."""
         self._bound: dict[int, tuple[array[int], SamplingParams]] = {}
         """Row: its prompt and parameters."""
 
-    def execute(self, batch: ForwardBatch) -> SampledTokens:
+    def launch(self, batch: ForwardBatch) -> FakeStep:
+        return FakeStep(self._execute(batch), self._args.step_seconds)
+
+    def _execute(self, batch: ForwardBatch) -> SampledTokens:
         if batch.step == self._args.raise_at_step:
             raise RuntimeError("the model broke\nin two lines")
         if batch.step == self._args.kill_at_step:
             os.kill(os.getpid(), self._args.kill_with)
         if batch.step == self._args.stall_at_step:
             time.sleep(600)
-        time.sleep(self._args.step_seconds)
         for row in batch.released_rows:
             del self._rows[row]
         for new in batch.new_rows:
@@ -103,6 +106,17 @@ class FakeRunner:
                 sampled.rows.append(scheduled.row)
                 sampled.token_ids.append(token_id)
         return sampled
+
+
+class FakeStep:
+    """Takes its time when its tokens are asked for, as one on a device does."""
+
+    def __init__(self, sampled: SampledTokens, seconds: float) -> None:
+        self._sampled, self._seconds = sampled, seconds
+
+    def collect(self) -> SampledTokens:
+        time.sleep(self._seconds)
+        return self._sampled
 
 
 class FakeGrammars:
@@ -138,6 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--load-error")
     parser.add_argument("--load-bug", action="store_true")
     parser.add_argument("--raise-at-step", type=int)
+    parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--kill-at-step", type=int)
     parser.add_argument("--kill-with", type=int, default=signal.SIGKILL)
     parser.add_argument("--stall-at-step", type=int)

@@ -196,6 +196,7 @@ def request_message(
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
     progress: bool = False,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> AddRequest:
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -204,6 +205,7 @@ def request_message(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        bad_words=bad_words,
     )
     return AddRequest(
         request_id=request_id,

@@ -39,6 +39,8 @@ from scheduler.messages import (
 from tests.scheduler.fake_engine import COMMAND, MAX_MODEL_LEN, VOCAB_SIZE, expected_tokens
 
 ROOT = Path(__file__).parents[2]
+OVERLAP = ([], ["--overlap"])
+"""One step at a time, and each launched before the one before it is collected."""
 
 
 class EngineProcess:
@@ -130,8 +132,9 @@ def start(tmp_path: Path) -> Iterator[StartEngine]:
         engine.process.wait()
 
 
-def test_it_says_what_it_is_and_answers(start: StartEngine) -> None:
-    engine = start(num_blocks=100, max_num_seqs=8)
+@pytest.mark.parametrize("options", OVERLAP)
+def test_it_says_what_it_is_and_answers(start: StartEngine, options: list[str]) -> None:
+    engine = start(*options, num_blocks=100, max_num_seqs=8)
     ready = engine.wait_ready()
     assert (ready.num_blocks, ready.block_size, ready.max_num_seqs) == (100, 64, 8)
     assert (ready.max_model_len, ready.vocab_size) == (MAX_MODEL_LEN, VOCAB_SIZE)
@@ -188,6 +191,23 @@ def test_heartbeats_come_during_a_step_and_tell_its_age(start: StartEngine) -> N
     assert idle.stats.step_seconds == pytest.approx(2.5, abs=0.3)
 
 
+def test_a_step_is_launched_while_the_one_before_it_runs(start: StartEngine) -> None:
+    """What arrives in a step is not in the next one, which is under way, but in the one after it."""
+    started_at = {}
+    for options in OVERLAP:
+        engine = start(*options, "--step-seconds", "0.2")
+        engine.wait_ready()
+        engine.add("first", [1], max_tokens=6)
+        engine.until(lambda message: isinstance(message, StepOutput))
+        engine.add("second", [2], max_tokens=1)
+        message = engine.until(lambda message: isinstance(message, StepOutput) and "second" in message.started)
+        assert isinstance(message, StepOutput)
+        started_at[len(options)] = message.step
+        engine.wait_finished("first", "second")
+        assert engine.tokens == {"first": expected_tokens([1], 6), "second": expected_tokens([2], 1)}
+    assert started_at == {0: 2, 1: 3}
+
+
 def test_it_sleeps_when_idle(start: StartEngine) -> None:
     engine = start()
     engine.wait_ready()
@@ -203,8 +223,9 @@ def test_it_sleeps_when_idle(start: StartEngine) -> None:
     assert cpu_ticks() - before <= 0.05 * os.sysconf("SC_CLK_TCK")
 
 
-def test_shutdown_lets_open_requests_finish_and_refuses_new_ones(start: StartEngine) -> None:
-    engine = start("--step-seconds", "0.01")
+@pytest.mark.parametrize("options", OVERLAP)
+def test_shutdown_lets_open_requests_finish_and_refuses_new_ones(start: StartEngine, options: list[str]) -> None:
+    engine = start(*options, "--step-seconds", "0.01")
     engine.wait_ready()
     engine.add("a", [1, 2], max_tokens=30)
     engine.until(lambda _: len(engine.tokens["a"]) > 2)
@@ -216,8 +237,9 @@ def test_shutdown_lets_open_requests_finish_and_refuses_new_ones(start: StartEng
     assert engine.end() == 0
 
 
-def test_a_drain_that_is_too_short_aborts_the_rest(start: StartEngine) -> None:
-    engine = start("--step-seconds", "0.01", max_num_seqs=2)
+@pytest.mark.parametrize("options", OVERLAP)
+def test_a_drain_that_is_too_short_aborts_the_rest(start: StartEngine, options: list[str]) -> None:
+    engine = start(*options, "--step-seconds", "0.01", max_num_seqs=2)
     engine.wait_ready()
     for i in range(4):
         engine.add(f"r{i}", [1, 2], max_tokens=100_000)
@@ -315,8 +337,11 @@ def test_ids_outside_the_vocabulary_reach_no_tensor(start: StartEngine, params: 
     assert (engine.finished["a"].reason, engine.finished["a"].code) == (FinishReason.REJECTED, "invalid_request")
 
 
-def test_requests_under_a_grammar_follow_it_beside_free_ones_and_end_with_it(start: StartEngine) -> None:
-    engine = start("--step-seconds", "0.002", max_num_seqs=8)
+@pytest.mark.parametrize("options", OVERLAP)
+def test_requests_under_a_grammar_follow_it_beside_free_ones_and_end_with_it(
+    start: StartEngine, options: list[str]
+) -> None:
+    engine = start(*options, "--step-seconds", "0.002", max_num_seqs=8)
     engine.wait_ready()
     engine.add("free", [5], max_tokens=30)
     engine.add("ends", [5], max_tokens=30, grammar=Grammar("regex", "7 8 9"))
@@ -374,8 +399,9 @@ def test_after_a_reset_of_the_prefix_cache_nothing_is_found(start: StartEngine) 
     assert found == [0, 128, 0]
 
 
-def test_an_abort_works_in_the_queue_in_prefill_and_in_decode(start: StartEngine) -> None:
-    engine = start("--step-seconds", "0.02", num_blocks=1000, max_num_seqs=2, max_num_batched_tokens=64)
+@pytest.mark.parametrize("options", OVERLAP)
+def test_an_abort_works_in_the_queue_in_prefill_and_in_decode(start: StartEngine, options: list[str]) -> None:
+    engine = start(*options, "--step-seconds", "0.02", num_blocks=1000, max_num_seqs=2, max_num_batched_tokens=64)
     engine.wait_ready()
     engine.add("decode", [1], max_tokens=1000)
     engine.until(lambda _: len(engine.tokens["decode"]) > 2)

@@ -477,6 +477,24 @@ def test_a_preempted_request_keeps_the_token_that_is_in_flight() -> None:
         assert bench.output[request_id] == run_alone(prompt, message.params, 1000)[0]
 
 
+@pytest.mark.parametrize("options", [{"grammar": Grammar("regex", "x")}, {"bad_words": ((1, 2),)}])
+def test_what_follows_known_tokens_alone_waits_for_the_one_in_flight(options: dict[str, Any]) -> None:
+    bench = Bench(max_num_batched_tokens=5)
+    bench.add("follows", range(7), max_tokens=3, **options)
+    bench.add("free", [1], max_tokens=9)
+    bench.add("word", [1], max_tokens=9, bad_words=((2,),))
+    planned = []
+    outcomes: list[SampledTokens] = []
+    for _ in range(6):
+        batch, sampled = bench.plan()
+        planned.append([row.num_tokens for row in batch.rows])
+        outcomes.append(sampled)
+        if len(outcomes) == 2:
+            bench.process(outcomes.pop(0))
+    # A prompt's next chunk does not depend on the one in flight.
+    assert planned == [[5], [2, 1, 1], [1, 1], [1, 1, 1], [1, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_two_big_requests_in_a_pool_for_one_and_a_half_take_turns_without_thrashing(

@@ -14,6 +14,7 @@ from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
 from model.ops.cpu.replay import Recorder, Replay, StepRows
 from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
+from model.sampler import SamplingInputs, sample
 
 K_MULTIPLE = 32
 """Of the width of a weight's rows."""
@@ -110,6 +111,9 @@ class CpuOps:
         y = self._library.empty((len(x), weight.out_features), dtype=torch.float32)
         self._library.linear(weight.format, x, weight.data, y)
         return y
+
+    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+        return sample(logits, inputs)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         y = self._library.empty((len(index), table.shape[1]), dtype=torch.bfloat16)

@@ -30,6 +30,7 @@ from model.ops.interface import (
     unpacked,
 )
 from model.rotary import Rotation, rotation
+from model.sampler import SamplingInputs, sample
 
 
 class CudaOps:
@@ -76,6 +77,9 @@ class CudaOps:
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         return F.linear(x, unpacked(weight)).float()
+
+    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+        return sample(logits, inputs)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         return table[index]

@@ -25,6 +25,7 @@ from model.ops.interface import (
     unpacked,
 )
 from model.rotary import Rotation, rotate_pairs, rotation
+from model.sampler import SamplingInputs, sample
 
 
 class EagerOps:
@@ -55,6 +56,9 @@ class EagerOps:
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         return F.linear(x, unpacked(weight)).float()
+
+    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+        return sample(logits, inputs)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         return table[index]

@@ -135,7 +135,8 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                # A session of its own: Ctrl-C in a terminal goes to the front-end alone, which then decides.
+                # In our session: Linux shares the processor among sessions first, whatever the priorities in them. Of
+                # Ctrl-C, which a terminal sends to both, the engine takes no notice: we decide.
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     "--fd",
@@ -143,7 +144,6 @@ class EngineClient:
                     stdin=DEVNULL,
                     env=os.environ | {"PYTHONPATH": search_path},
                     pass_fds=[theirs.fileno()],
-                    start_new_session=True,
                 )
         except OSError as error:
             ours.close()

@@ -47,7 +47,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """Token ids as little-endian uint32."""
     params: SamplingParams
     priority: int = 0
-    """Lower runs first, as in vLLM; ties in order of arrival."""
+    """Lower runs first, as in vLLM; within a priority tenants take turns, and one tenant's run in order of arrival."""
+    tenant: str = ""
     cache_salt: str = ""
     """Part of the prefix cache's root hash: requests share blocks only under the same salt."""
     grammar: Grammar | None = None

@@ -41,6 +41,8 @@ class Request:
     """Start of the hash chain."""
     block_hashes: list[bytes]
     """Of the full blocks of `tokens`: all of the prompt's, the output's as they fill up."""
+    tenant: str = ""
+    """Whose it is: tenants take turns."""
     has_grammar: bool = False
     in_lockstep: bool = False
     """What may come next follows from known tokens alone (a grammar, banned sequences): never scheduled while one of

@@ -17,7 +17,8 @@ token is limited by the ones before it, by a grammar or banned sequences, sits s
 step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
 block enters the prefix index only then.
 
-**Fairness.** Long prompts are served one after the other, so that a later one can take the earlier one's blocks from
+**Fairness.** Waiting requests of equal priority are admitted in turns, one of each tenant (`scheduler/waiting_queue.py`).
+Long prompts are served one after the other, so that a later one can take the earlier one's blocks from
 the prefix cache. But a long chunk leaves room for what is short: all that running requests need of at most a quarter
 of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait. Where there
 are neither, a chunk may be longer than the budget, up to half of the context before it: the work that a chunk repeats
@@ -45,6 +46,7 @@ from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason, 
 from scheduler.ngram import NgramDrafter
 from scheduler.request import Request, RequestStatus
 from scheduler.request_queue import RequestQueue
+from scheduler.waiting_queue import WaitingQueue
 
 _LENGTH = Finished(reason=FinishReason.LENGTH)
 _NAN_LOGITS = Finished(
@@ -106,7 +108,7 @@ class Scheduler:
 
         self._requests: dict[str, Request] = {}
         self._running = RequestQueue()
-        self._waiting = RequestQueue()
+        self._waiting = WaitingQueue()
         self._holders: list[Request | None] = [None] * max_num_seqs
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []
@@ -172,6 +174,7 @@ class Scheduler:
             num_tokens=len(tokens),
             max_num_tokens=min(len(tokens) + params.max_tokens, self.max_num_tokens),
             priority=message.priority,
+            tenant=message.tenant,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
             root=root,
             block_hashes=chain_hashes(root, tokens, self.block_size) if self._prefix_cache else [],
@@ -450,7 +453,7 @@ class Scheduler:
             return new_rows
         spare = self._spare_blocks()
         while budget and self._waiting and self._free_rows:
-            request = self._waiting[0]
+            request = self._waiting.first()
             if request.row is not None:
                 break  # preempted, and its last step is still in flight
             hit = self._find_hit(request)
@@ -458,7 +461,8 @@ class Scheduler:
             if spare < needed + (self._watermark if self._running else 0):
                 break
             spare -= needed
-            self._dequeue(request)
+            self._waiting.serve(request)
+            self._waiting_tokens -= request.num_prompt_tokens
             self.pool.acquire(hit)
             request.row = self._free_rows.pop()
             self._holders[request.row] = request
@@ -544,7 +548,8 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
         else:
-            self._dequeue(request)
+            self._waiting.remove(request)
+            self._waiting_tokens -= request.num_prompt_tokens
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]
         self._finished[request.request_id] = finished
@@ -565,10 +570,6 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self._waiting.insert(request)
         self._waiting_tokens += request.num_prompt_tokens
-
-    def _dequeue(self, request: Request) -> None:
-        self._waiting.remove(request)
-        self._waiting_tokens -= request.num_prompt_tokens
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -593,9 +594,7 @@ class Scheduler:
             == list(range(len(self._holders)))
             and all(r.row is not None and self._holders[r.row] is r for r in held),
             "live requests": {*self._running, *self._waiting} == set(self._requests.values()),
-            "order": all(
-                list(queue) == sorted(queue, key=lambda r: r.order) for queue in (self._running, self._waiting)
-            ),
+            "order": list(self._running) == sorted(self._running, key=lambda r: r.order),
             "waiting tokens": self._waiting_tokens == sum(r.num_prompt_tokens for r in self._waiting),
             "terminal events": not self._finished.keys() & self._requests.keys(),
         }

@@ -189,6 +189,7 @@ def request_message(
     max_tokens: int = 4,
     priority: int = 0,
     cache_salt: str = "",
+    tenant: str = "",
     seed: int = 0,
     stop_token_ids: tuple[int, ...] = (),
     ignore_eos: bool = True,
@@ -213,6 +214,7 @@ def request_message(
         params=params,
         priority=priority,
         cache_salt=cache_salt,
+        tenant=tenant,
         grammar=grammar,
         progress=progress,
     )

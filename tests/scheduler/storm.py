@@ -38,6 +38,7 @@ ARRIVALS = st.fixed_dictionaries(
         "max_tokens": st.sampled_from([1, 4, 12, 30]),
         "priority": st.sampled_from([0, 0, 0, 1, 2]),
         "cache_salt": st.sampled_from(["", "", "", "tenant"]),
+        "tenant": st.sampled_from(["", "", "other"]),
         "seed": st.sampled_from(
             [0, 1, 2, 3, *(REPEAT_SEED_BIT + i for i in range(4)), NAN_SEED_BIT, NAN_SEED_BIT + REPEAT_SEED_BIT]
         ),

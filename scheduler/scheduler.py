@@ -17,12 +17,12 @@ token is limited by the ones before it, by a grammar or banned sequences, sits s
 step refers to, rows and blocks, is given back only after the step was processed by `update`, and a
 block enters the prefix index only then.
 
-**Fairness.** Waiting requests of equal priority are admitted in turns, one of each tenant (`scheduler/waiting_queue.py`).
-Long prompts are served one after the other, so that a later one can take the earlier one's blocks from
-the prefix cache. But a long chunk leaves room for what is short: all that running requests need of at most a quarter
-of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait. Where there
-are neither, a chunk may be longer than the budget, up to half of the context before it: the work that a chunk repeats
-for that context is then spread over more tokens.
+**Fairness.** Waiting requests of equal priority are admitted in turns, one of each tenant
+(`scheduler/waiting_queue.py`). Long prompts are served one after the other, so that a later one can take the earlier
+one's blocks from the prefix cache. But a long chunk leaves room for what is short: all that running requests need of at
+most a quarter of the budget (a decoding one needs one token), and up to half of the rest for short requests that wait.
+Where there are neither, a chunk may be longer than the budget, up to half of the context before it: the work that a
+chunk repeats for that context is then spread over more tokens.
 
 **Memory.** A request is admitted when the pool can hold every token it already has, beside what the
 running ones still need for theirs, above a watermark. When a running request needs a block and none is

@@ -19,6 +19,7 @@ from server.address import is_loopback
 from server.admission import AdmissionGate
 from server.chat import ChatService
 from server.chat_template import load_chat_template
+from server.deadlines import Deadlines
 from server.errors import ApiError, handle_error
 from server.generation import Generator
 from server.grammar_check import GrammarChecker
@@ -52,7 +53,7 @@ def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) 
     served = ServedModel(settings.served_model_name, supervisor)
     metrics = Metrics(served.names[0], supervisor)
     metrics.unauthenticated.set(not settings.api_key and not is_loopback(settings.host))
-    gate = AdmissionGate(settings.max_open_requests)
+    gate = AdmissionGate(settings.max_open_requests, settings.max_queued_tokens, settings.keys)
 
     def observe(stats: EngineStats) -> None:
         metrics.observe(stats)
@@ -68,6 +69,7 @@ def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) 
         metrics=metrics,
         open_requests=open_requests,
         defaults=load_generation_defaults(settings.model),
+        deadlines=Deadlines(settings.queue_timeout, settings.request_timeout),
         seeds=SystemRandom() if settings.seed is None else Random(settings.seed),
     )
     app = FastAPI(
@@ -81,7 +83,9 @@ def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) 
             # The outermost: a browser shows a page no answer without these headers, errors included.
             *([_cors(settings.allowed_origins)] if settings.allowed_origins else []),
             Middleware(RequestMiddleware, metrics=metrics),
-            Middleware(DoorMiddleware, api_keys=settings.api_key, admin_key=settings.admin_key, host=settings.host),
+            Middleware(
+                DoorMiddleware, api_keys=settings.keys, admin_key=settings.admin_key, host=settings.host, gate=gate
+            ),
             Middleware(BodyMiddleware),
         ],
         exception_handlers={

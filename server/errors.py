@@ -13,12 +13,15 @@
     ├── DeadlineExceeded 408        the request's own `timeout` has passed
     ├── PayloadTooLarge 413
     ├── UnsupportedMediaType 415
+    ├── RateLimited 429             a limit of the API key is reached, with Retry-After
     ├── HeadersTooLarge 431
     ├── ClientDisconnected 499      only in the log and the metrics: nobody reads the answer
     ├── Cancelled 499               by its client, with POST /v1/requests/{id}/cancel
     ├── InternalError 500           fixed text, the cause is in the log under the request id
-    └── Unavailable 503             starting, draining or down, with Retry-After
-        └── Overloaded              the bound on open requests is reached
+    ├── Unavailable 503             starting, draining or down, with Retry-After
+    │   └── Overloaded              a bound on open requests or queued tokens is reached
+    │       └── QueueTimeout        the request did not start within --queue-timeout
+    └── TimeLimitExceeded 504       the answer was not complete within --request-timeout
 
 The envelope is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four keys, `code` a
 string or null. Under /v1/messages it is Anthropic's: `{"type": "error", "error": {"type", "message"}}` with
@@ -148,6 +151,16 @@ class UnsupportedMediaType(ApiError):
     status = 415
 
 
+class RateLimited(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return super().headers if self.retry_after is not None else {"x-should-retry": "false"}
+
+
 class HeadersTooLarge(ApiError):
     status = 431
 
@@ -184,6 +197,23 @@ class Unavailable(ApiError):
 class Overloaded(Unavailable):
     type = "server_error"
     code = "server_overloaded"
+
+
+class QueueTimeout(Overloaded):
+    code = "queue_timeout"
+
+
+class TimeLimitExceeded(ApiError):
+    status = 504
+    type = "server_error"
+    code = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The answer was not complete within the time this server allows.")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
 
 
 _ANTHROPIC_PATH = "/v1/messages"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 
@@ -15,9 +15,10 @@ from model.batch import SamplingParams
 from model.config import GenerationDefaults
 from scheduler.messages import AddRequest, EngineReady, Grammar
 from server import limits
-from server.admission import AdmissionGate
+from server.admission import AdmissionGate, Ticket
+from server.deadlines import Clock, Deadlines
 from server.engine_client import EngineClient, EngineUnavailable
-from server.errors import BadRequest, Cancelled, DeadlineExceeded, Overloaded, Unavailable
+from server.errors import BadRequest, Cancelled, Overloaded, QueueTimeout, RateLimited, Unavailable
 from server.events import ChoiceEvent
 from server.grammar_check import GrammarChecker
 from server.merge import MergedStreams
@@ -73,6 +74,7 @@ class Generator:
         metrics: Metrics,
         open_requests: OpenRequests,
         defaults: GenerationDefaults,
+        deadlines: Deadlines,
         seeds: Random,
     ) -> None:
         self.supervisor = supervisor
@@ -82,6 +84,7 @@ class Generator:
         self._metrics = metrics
         self._open_requests = open_requests
         self._defaults = defaults
+        self._deadlines = deadlines
         self._seeds = seeds
 
     @property
@@ -98,48 +101,64 @@ class Generator:
         However it is left (end, error, cancellation, close), the places at the door are given back and the engine
         forgets every sequence of it.
         """
-        arrival = time.monotonic()
         fields = job.fields
+        clock = Clock(self._deadlines, fields.timeout, self._gate.retry_after)
         check_fields(fields, job.default_max_tokens)
         count = len(job.prompts) * fields.choices
         if count > limits.SEQUENCES.maximum:
             raise BadRequest(f"n x prompts must be {limits.SEQUENCES.maximum:.0f} at most, not {count}.", param="n")
         if count > self._gate.max_open_requests:
             raise BadRequest(f"This server runs {self._gate.max_open_requests} choices at once at most.", param="n")
-        try:
+        with self._counting_refusals("open_requests"):
             ready = self.require_ready()
-            ticket = self._gate.reserve(count)
-        except Unavailable as error:
-            self._metrics.on_rejection("open_requests" if isinstance(error, Overloaded) else "not_ready")
-            raise
+            ticket = self._gate.reserve(count, record.key_digest)
         record.response_id = job.request_id
-        answer = _Answer(self, job, record, arrival)
+        answer = _Answer(self, job, record, clock, ticket)
         try:
             with self._open_requests.track(record, answer.cancel):
-                prompts, params = await self._prepare(job, ready, answer.time_left)
+                prompts, params = await self._prepare(job, ready, clock)
                 answer.check_cancelled()
+                with self._counting_refusals("queued_tokens"):
+                    ticket.enqueue(sum(map(len, prompts)))
                 for number, prompt in enumerate(prompts):
                     answer.submit(number * fields.choices, prompt, params[number])
                 while answer.is_open:
                     for event in await answer.read():
                         yield event
+        except QueueTimeout:
+            self._metrics.on_rejection("queue_timeout")
+            raise
         finally:
-            ticket.release()
             answer.abort()
+            ticket.release()
             await answer.close()
 
-    async def _prepare(
-        self, job: Job, ready: EngineReady, seconds: float | None
-    ) -> tuple[list[array[int]], list[SamplingParams]]:
-        """The prompts and the parameters of each one's first choice. Raises DeadlineExceeded after so many seconds."""
+    @contextmanager
+    def _counting_refusals(self, bound: str) -> Iterator[None]:
         try:
-            async with asyncio.timeout(seconds):
+            yield
+        except Overloaded:
+            self._metrics.on_rejection(bound)
+            raise
+        except RateLimited:
+            self._metrics.on_rejection("rate_limit")
+            raise
+        except Unavailable:
+            self._metrics.on_rejection("not_ready")
+            raise
+
+    async def _prepare(
+        self, job: Job, ready: EngineReady, clock: Clock
+    ) -> tuple[list[array[int]], list[SamplingParams]]:
+        """The prompts and the parameters of each one's first choice. Raises `clock.error()` when its time is up."""
+        try:
+            async with asyncio.timeout(clock.time_left):
                 if job.grammar is not None:
                     await self._grammars.check(job.grammar, grammar_param(job.fields))
                 prompts = [await encode(ready.max_model_len) for encode in job.prompts]
                 return prompts, await self._params(job, ready, prompts)
         except TimeoutError:
-            raise DeadlineExceeded from None
+            raise clock.error() from None
 
     async def _params(self, job: Job, ready: EngineReady, prompts: list[array[int]]) -> list[SamplingParams]:
         bad_words = await self._bad_words(job.fields.bad_words or ())
@@ -171,11 +190,12 @@ class Generator:
 class _Answer:
     """The open sequences of one job."""
 
-    def __init__(self, generator: Generator, job: Job, record: RequestRecord, arrival: float) -> None:
+    def __init__(self, generator: Generator, job: Job, record: RequestRecord, clock: Clock, ticket: Ticket) -> None:
         self._generator = generator
         self._job = job
         self._record = record
-        self._arrival = arrival
+        self._clock = clock
+        self._ticket = ticket
         self._sequences: dict[int, OpenSequence] = {}
         self._streams = MergedStreams()
         self._has_tokens = False
@@ -183,12 +203,6 @@ class _Answer:
     @property
     def is_open(self) -> bool:
         return len(self._streams) > 0
-
-    @property
-    def time_left(self) -> float | None:
-        """Seconds; None without a deadline."""
-        timeout = self._job.fields.timeout
-        return None if timeout is None else self._arrival + timeout - time.monotonic()
 
     def submit(self, index: int, prompt: array[int], params: SamplingParams) -> None:
         generator, job, fields = self._generator, self._job, self._job.fields
@@ -198,9 +212,11 @@ class _Answer:
             prompt=prompt.tobytes(),
             params=params,
             priority=fields.priority or 0,
+            tenant=self._record.key_digest.hex(),
             cache_salt=_cache_salt(self._record, fields),
             grammar=job.grammar,
-            progress=fields.wants_progress,
+            # The first progress is how it is known here that a request does not wait any more.
+            progress=fields.wants_progress or generator._deadlines.queue is not None,
         )
         try:
             stream = generator.supervisor.submit(request)
@@ -218,14 +234,14 @@ class _Answer:
             generator.tokenizer,
             generator._metrics,
             self._record,
-            self._arrival,
+            self._clock.arrival,
             strip_leading_space=job.strip_leading_space,
             shown=job.shown,
         )
 
     async def read(self) -> list[ChoiceEvent]:
-        """The events of what has arrived; after a silence one that says nothing. Raises DeadlineExceeded."""
-        left = self.time_left
+        """The events of what has arrived; after a silence one that says nothing. Raises the clock's error."""
+        left = self._clock.time_left
         # No timer once tokens flow: they come every few milliseconds, or the engine is gone and the stream ends.
         silence = None if self._has_tokens else SILENCE_SECONDS
         timeout = min((each for each in (left, silence) if each is not None), default=None)
@@ -233,7 +249,7 @@ class _Answer:
             deltas = await self._streams.next(timeout if timeout is None else max(timeout, 0.0))
         except TimeoutError:
             if left is not None and left == timeout:
-                raise DeadlineExceeded from None
+                raise self._clock.error() from None
             self.check_cancelled()
             sequence = next(iter(self._sequences.values()))
             return [ChoiceEvent(sequence.index, sequence.counts)]
@@ -242,9 +258,12 @@ class _Answer:
         for index, delta in deltas:
             sequence = self._sequences[index]
             event = sequence.push(delta)
+            self._clock.has_started |= event.prompt is not None or event.progress is not None
             if event.prompt is not None:
                 self._has_tokens = True
-                self._submit_siblings(sequence)
+                if index % self._job.fields.choices == 0:
+                    self._ticket.dequeue(len(sequence.prompt.token_ids))
+                    self._submit_siblings(sequence)
             if event.finish_reason is not None:
                 self._streams.remove(index)
                 self._end(sequence)
@@ -255,8 +274,6 @@ class _Answer:
     def _submit_siblings(self, first: OpenSequence) -> None:
         """The other choices of a prompt whose first one has a token: its blocks are in the prefix cache now."""
         n, params = self._job.fields.choices, first.request.params
-        if first.index % n:
-            return
         for choice in range(1, n):
             seeded = self._job.fields.seed is not None
             seed = params.seed + choice if seeded else self._generator._seeds.getrandbits(64)
@@ -271,6 +288,7 @@ class _Answer:
     def _end(self, sequence: OpenSequence) -> None:
         del self._sequences[sequence.index]
         self._generator.engine.abort(sequence.request.request_id)
+        self._ticket.count_answer(sequence.counts.completion_tokens)
         sequence.close()
 
     def cancel(self) -> None:

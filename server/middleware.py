@@ -8,7 +8,6 @@ BodyMiddleware       size and pace of the body
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import re
@@ -23,6 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import limits
 from server.address import is_loopback
+from server.admission import AdmissionGate
+from server.api_keys import ApiKey, key_digest
 from server.errors import (
     ApiError,
     BadRequest,
@@ -110,19 +111,31 @@ class RequestMiddleware:
 class DoorMiddleware:
     """Refuses before anything of the request is read: deny by default, decided on the decoded path alone."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], admin_key: str | None, host: str) -> None:
-        """`host`: the address the server is bound to."""
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Sequence[ApiKey], admin_key: str | None, host: str, gate: AdmissionGate
+    ) -> None:
+        """`host`: the address the server is bound to; `gate` knows what the keys have used."""
         self._app = app
-        self._digests = [_digest(key) for key in api_keys]
-        self._admin_digests = [] if admin_key is None else [_digest(admin_key)]
+        self._gate = gate
+        self._digests = [key.digest for key in api_keys]
+        self._admin_digests = [] if admin_key is None else [key_digest(admin_key)]
         # Without a key, the only fence around a local server is the browser's: a page of a foreign site that points
         # its own name at 127.0.0.1 passes it, but not this list.
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if not api_keys and is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            self._check(scope)
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        self._check(scope)
+        key = scope["state"]["record"].key_digest
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._gate.rate_limit_headers(key))
+            await send(message)
+
+        await self._app(scope, receive, send_with_limits if key else send)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -143,7 +156,7 @@ class DoorMiddleware:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")
-        digest = _digest(key.strip())
+        digest = key_digest(key.strip())
         # All of them, so that the time does not tell which one matched.
         matches = [hmac.compare_digest(digest, known) for known in digests]
         if True not in matches:
@@ -189,10 +202,6 @@ class BodyMiddleware:
             return message
 
         await self._app(scope, receive_bounded, send)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

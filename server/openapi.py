@@ -82,6 +82,7 @@ STATUSES = {
     499: "The request was cancelled.",
     500: "The server failed.",
     503: "Starting, draining, overloaded or down: see Retry-After.",
+    504: "The answer was not complete within --request-timeout.",
 }
 _COMMON = (400, 403, 405, 408, 413, 431, 500)
 """What any request can get, from the middleware and the router."""
@@ -89,6 +90,7 @@ _BODY = (401, 404, 415, 429, 503)
 _HEADERS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
     405: {"Allow": {"schema": {"type": "string"}, "description": "The methods of this path."}},
+    429: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
     503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
 }
 _REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "The one that was sent, or a new one."}}
@@ -124,7 +126,7 @@ def completion_docs(
 
     `done`: the stream ends with the data `[DONE]`, which is not JSON.
     """
-    arguments = body_docs(request, answer, 499, error=error)
+    arguments = body_docs(request, answer, 499, 504, error=error)
     names = " or ".join(each.__name__ for each in chunks)
     data: dict[str, Any] = {
         "type": "string",

@@ -25,6 +25,7 @@ from pydantic_settings import (
 
 import model.config
 from scheduler.config import EngineConfig
+from server.api_keys import ApiKey, check_key, parse_key, read_keys
 from server.sizes import parse_size
 
 ENV_PREFIX = "LATENTD_"
@@ -53,7 +54,10 @@ class Settings(BaseSettings):
         (), description="Name clients call the model by; several are allowed. Default: the folder's name."
     )
     api_key_file: Path | None = Field(
-        None, description="File with API keys, one a line; empty lines and lines that begin with # do not count."
+        None,
+        description="File with API keys, one a line, each with limits of its own behind it if it has any: "
+        "`KEY concurrent_requests=8 requests_per_minute=60 tokens_per_minute=100000`. Empty lines and lines that begin "
+        "with # do not count.",
     )
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -120,6 +124,25 @@ class Settings(BaseSettings):
     max_open_requests: int = Field(
         256, ge=1, description="Most requests open at once, running and waiting; one more is answered with 503."
     )
+    max_queued_tokens: int = Field(
+        262_144,
+        ge=1,
+        description="Most prompt tokens that wait to be computed; a request that would add more is answered with 503, "
+        "unless it is the only one.",
+    )
+    queue_timeout: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a request may wait for its first step: then 503. Default: as long as it takes.",
+    )
+    request_timeout: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a request may take: then 504, or an error event once its answer has begun. Default: as "
+        "long as it takes.",
+    )
     drain_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that requests in flight get to finish after SIGTERM."
     )
@@ -174,24 +197,24 @@ class Settings(BaseSettings):
     @classmethod
     def _check_key_file(cls, file: Path | None) -> Path | None:
         if file is not None:
-            _read_keys(file)
+            read_keys(file)
         return file
 
     @field_validator("api_key")
     @classmethod
     def _add_keys_of_file(cls, keys: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         file = info.data.get("api_key_file")
-        keys = keys if file is None else (*keys, *_read_keys(file))
+        keys = keys if file is None else (*keys, *read_keys(file))
         for key in keys:
-            _check_key(key)
+            parse_key(key)
         return keys
 
     @field_validator("admin_key")
     @classmethod
     def _check_admin_key(cls, key: str | None, info: ValidationInfo) -> str | None:
         if key is not None:
-            _check_key(key)
-            if key in info.data.get("api_key", ()):
+            check_key(key)
+            if key in (parse_key(entry).key for entry in info.data.get("api_key", ())):
                 raise ValueError("must not be one of the API keys")
         return key
 
@@ -203,6 +226,10 @@ class Settings(BaseSettings):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
                 raise ValueError(f"an origin is SCHEME://HOST[:PORT] without a path, or *, not {origin!r}")
         return origins
+
+    @property
+    def keys(self) -> tuple[ApiKey, ...]:
+        return tuple(map(parse_key, self.api_key))
 
     @property
     def is_builtin(self) -> bool:
@@ -295,24 +322,3 @@ def _read_config(file: Path) -> dict[str, Any]:
         if name not in Settings.model_fields:
             raise SettingsError(f"{name} in {file}: no such option{suggestion(name, Settings.model_fields)}")
     return values
-
-
-def _read_keys(file: Path) -> list[str]:
-    try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not keys:
-        # An empty file would silently open the server to everybody.
-        raise ValueError(f"{file} has no key in it")
-    for key in keys:
-        _check_key(key)
-    return keys
-
-
-def _check_key(key: str) -> None:
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError("a key must be printable ASCII without spaces")  # it travels in an HTTP header

@@ -81,7 +81,7 @@ def messages_router(service: ChatService, generator: Generator, gate: AdmissionG
         chat = chat_request(prompt_fields(body), NAMES)
         window = generator.require_ready().max_model_len
         # A place at the door: the tokenizer's threads are the same that open answers wait for.
-        with renamed(NAMES), gate.reserve():
+        with renamed(NAMES), gate.reserve(key=record_of(request).key_digest):
             count = len(await service.encode(chat, window))
         return json_response(TokenCount(input_tokens=count), headers=ignored_header(ignored))
 

@@ -15,7 +15,7 @@ from server.errors import BadRequest
 from server.generation import Generator
 from server.json_body import ignored_header, read_body
 from server.openapi import body_docs, docs
-from server.routes.answer import json_response
+from server.routes.answer import json_response, record_of
 from server.schemas.chat import UNSUPPORTED, ChatCompletionRequest, ChatMessage
 from server.schemas.tokenize import (
     UNSUPPORTED_TOKENIZE,
@@ -43,7 +43,7 @@ def tokenize_router(generator: Generator, gate: AdmissionGate, chat: ChatService
         body, ignored = await read_body(request, TokenizeRequest, UNSUPPORTED_TOKENIZE)
         served.resolve(body.model)
         window = generator.require_ready().max_model_len
-        with gate.reserve():
+        with gate.reserve(key=record_of(request).key_digest):
             if body.messages is not None:
                 ids = await chat.encode(_chat_request(body, body.messages), _ANY_LENGTH)
             else:
@@ -114,7 +114,7 @@ def tokenize_router(generator: Generator, gate: AdmissionGate, chat: ChatService
         body, ignored = await read_body(request, ChatCompletionRequest, UNSUPPORTED)
         model = served.resolve(body.model)
         window = generator.require_ready().max_model_len
-        with gate.reserve():
+        with gate.reserve(key=record_of(request).key_digest):
             text = chat.render(body).text
             ids = await chat.encode(body, _ANY_LENGTH)
         answer = RenderResponse(model=model, prompt=text, count=len(ids), max_model_len=window, tokens=ids.tolist())

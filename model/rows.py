@@ -99,6 +99,12 @@ class Rows:
             if scheduled.drafts:
                 self._place_drafts(scheduled)
 
+    def reset(self) -> None:
+        """Release all rows."""
+        self._params = [None] * len(self._params)
+        self._num_tokens[:] = 0
+        self._num_blocks[:] = 0
+
     def step_inputs(self, batch: ForwardBatch) -> StepInputs:
         """Gather the T tokens of `batch`, already applied by `update`, with no Python work per token."""
         rows = np.array([scheduled.row for scheduled in batch.rows], np.int64)

@@ -74,7 +74,8 @@ class ModelRunner:
     def execute(self, batch: ForwardBatch) -> SampledTokens:
         """Compute one step: latents of all its tokens go to the cache, rows with `sample` get their next token.
 
-        Raises ValueError, having computed nothing, where the batch contradicts what the rows hold.
+        Raises ValueError, having computed nothing, where the batch contradicts what the rows hold, and MemoryError
+        where there is too little memory: after a `reset` it can go on.
         """
         return self.launch(batch).collect()
 
@@ -82,6 +83,20 @@ class ModelRunner:
     def launch(self, batch: ForwardBatch) -> LaunchedStep:
         """The same without waiting for a device: the next step may be launched before this one is collected. It reads
         the tokens that this one samples where they are; only behind drafts must they be collected first."""
+        try:
+            return self._launch(batch)
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
+
+    def reset(self) -> None:
+        """Unbind all rows, in whatever state a failed step has left them, and give unused memory back."""
+        self._rows.reset()
+        if self.cache.data.is_cuda:
+            torch.cuda.empty_cache()
+
+    def _launch(self, batch: ForwardBatch) -> LaunchedStep:
         inputs = self.prepare(batch)
         hidden, logits = self._compute_within_memory(inputs)
         prompts = self._score_prompts(batch, inputs, hidden)
@@ -236,6 +251,11 @@ def load_runner(
         size.max_model_len,
     )
     return runner
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch has a class of its own for it, on a CPU only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _described(runner: ModelRunner) -> str:

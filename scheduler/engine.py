@@ -61,10 +61,15 @@ logger = logging.getLogger("engine")
 EXIT_CONFIG = 2
 EXIT_FAILURE = 70
 HEARTBEAT_SECONDS = 1.0
+FORGIVEN_SECONDS = 60.0
+"""Running out of memory again so soon is the end: a new process begins with all of it."""
 
 _ABORTED = Finished(reason=FinishReason.ABORT)
 _DRAIN_ABORTED = Finished(
     reason=FinishReason.ABORT, code="shutting_down", message="The server shut down before the request was complete."
+)
+_OUT_OF_MEMORY = Finished(
+    reason=FinishReason.ERROR, code="out_of_memory", message="memory ran out while the request was computed"
 )
 _GRAMMAR_ENDED = Finished(reason=FinishReason.STOP)
 _DRAIN_REFUSED = Finished(reason=FinishReason.REJECTED, code="shutting_down", message="The server is shutting down.")
@@ -104,7 +109,11 @@ class Runner(Protocol):
     def overlaps(self) -> bool:
         """A step may be launched before the one before it is collected."""
 
-    def launch(self, batch: ForwardBatch) -> Launched: ...
+    def launch(self, batch: ForwardBatch) -> Launched:
+        """After a MemoryError, and `reset`, it can go on; after any other exception it is lost."""
+
+    def reset(self) -> None:
+        """Forget all rows and what was launched."""
 
 
 class Launched(Protocol):
@@ -291,6 +300,8 @@ class Engine:
         self._refused: dict[str, Finished] = {}
         self._deadline: float | None = None
         """Monotonic time at which draining ends; None until `Shutdown`."""
+        self._out_of_memory_at: float | None = None
+        """Monotonic time of the last step that ran out of it."""
 
     def run(self) -> None:
         """Until a `Shutdown` is carried out. An exception of a step comes out as it is."""
@@ -321,7 +332,12 @@ class Engine:
         if self.step_started is None:
             self.step_started = now
         constrained = self._mask(batch)
-        self._in_flight.append(InFlight(batch.step, self._runner.launch(batch), constrained))
+        try:
+            launched = self._runner.launch(batch)
+        except MemoryError as error:
+            self._recover(error)
+        else:
+            self._in_flight.append(InFlight(batch.step, launched, constrained))
         return True
 
     def _collect(self) -> None:
@@ -402,6 +418,23 @@ class Engine:
                 result.finished |= self._scheduler.take_finished()
             elif end is not None:
                 result.finished[request_id] = end
+
+    def _recover(self, error: MemoryError) -> None:
+        """Give up the request that took too much memory and compute the others again. Raises the error the second time
+        within a minute.
+        """
+        now = time.monotonic()
+        if self._out_of_memory_at is not None and now - self._out_of_memory_at < FORGIVEN_SECONDS:
+            raise error
+        self._out_of_memory_at = now
+        self._in_flight.clear()
+        self._runner.reset()
+        culprit = self._scheduler.abandon()
+        logger.error("step %d ran out of memory, %s is given up: %s", self.step, culprit, _one_line(error))
+        if culprit is not None:
+            self._scheduler.finish(culprit, _OUT_OF_MEMORY)
+        self.step_started = None
+        self._put(StepResult(finished=self._scheduler.take_finished()), self.stats.step_seconds)
 
     def _put(self, result: StepResult, step_seconds: float) -> None:
         self.stats = self._scheduler.stats(step_seconds)

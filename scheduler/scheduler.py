@@ -306,6 +306,32 @@ class Scheduler:
         result.finished = self.take_finished()
         return result
 
+    def abandon(self) -> str | None:
+        """Undo the steps in flight, which have failed: all that runs waits to be computed again, in the same order.
+
+        The worker must have forgotten every row; what earlier steps computed is found in the prefix cache. Returns the
+        request to blame when memory ran out: the newest one whose prompt was being computed, else the newest.
+        """
+        suspects = [
+            (row.num_tokens - len(row.drafts) > 1, request.order, request.request_id)
+            for batch, requests in self._steps
+            for row, request in zip(batch.rows, requests, strict=True)
+            if request.status is not RequestStatus.FINISHED
+        ]
+        for _, requests in self._steps:
+            for request in requests:
+                request.steps_in_flight = 0
+        self._steps.clear()
+        for request in list(self._running):
+            self._preempt(request)
+        for request in self._requests.values():
+            request.num_tokens = len(request.tokens)  # without what those steps would have sampled
+        for holder in self._holders:
+            if holder is not None:
+                self._give_back(holder)
+        self._released_rows = []
+        return max(suspects)[2] if suspects else None
+
     def stats(self, step_seconds: float = 0.0) -> EngineStats:
         """Figures of now. The scheduler has no clock: the caller knows how long its last step took."""
         return EngineStats(

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from model.batch import ForwardBatch, SampledTokens
+from model.batch import ForwardBatch
 from scheduler.config import EngineConfig
 from scheduler.engine import load_model, main
 
@@ -28,7 +28,7 @@ class FaultyRunner:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def execute(self, batch: ForwardBatch) -> SampledTokens:
+    def launch(self, batch: ForwardBatch) -> Any:
         if batch.step == self._args.raise_at_step:
             raise RuntimeError("a fault of the test")
         poison = set(self._args.raise_on_tokens)
@@ -36,16 +36,13 @@ class FaultyRunner:
             raise RuntimeError("a poisonous prompt")
         if batch.step == self._args.stall_at_step:
             time.sleep(600)
-        outcome: SampledTokens = self._runner.execute(batch)
-        return outcome
+        return self._runner.launch(batch)
 
     def _compute_or_fail(self, inputs: Any, cache: Any) -> tuple[Any, Any]:
         """In the middle of a step: the rows know of it, the latents do not."""
-        import torch
-
         self._num_computed += 1
         if self._num_computed in self._args.out_of_memory_at:
-            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB (a fault of the test)")
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory (a fault of the test)")
         hidden, logits = self._compute(inputs, cache)
         if self._num_computed in self._args.nan_at and len(logits):
             logits[0] = float("nan")

@@ -185,5 +185,38 @@ def test_a_single_token_that_does_not_fit_is_an_error(checkpoint: Path, monkeypa
 
     monkeypatch.setattr(runner, "_compute", full)
     new, row = prefill(0, [5], [0])
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MemoryError):
         runner.execute(ForwardBatch(0, [row], [new]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_after_a_lack_of_memory_and_a_reset_it_computes_the_same(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    runner = load(checkpoint)
+    whole = runner.execute(ForwardBatch(0, *([x] for x in reversed(prefill(0, [5, 6, 7, 8], [3]))))).token_ids
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_compute", fail)
+        with pytest.raises(MemoryError):
+            runner.execute(ForwardBatch(1, *([x] for x in reversed(prefill(1, [9], [2]))), released_rows=[0]))
+    runner.reset()
+    for row in (0, 1):
+        new, scheduled = prefill(row, [5, 6, 7, 8], [row])
+        assert runner.execute(ForwardBatch(2, [scheduled], [new])).token_ids == whole
+
+
+def test_any_other_error_comes_out_as_it_is(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = load(checkpoint)
+    monkeypatch.setattr(runner, "_compute", lambda *_: (_ for _ in ()).throw(RuntimeError("a shape does not fit")))
+    with pytest.raises(RuntimeError, match="a shape does not fit"):
+        runner.execute(ForwardBatch(0, *([x] for x in reversed(prefill(0, [5], [3])))))

@@ -73,6 +73,10 @@ class FakeRunner:
         return FakeStep(self._execute(batch), self._args.step_seconds)
 
     def _execute(self, batch: ForwardBatch) -> SampledTokens:
+        if batch.step in self._args.out_of_memory_at_steps:
+            for new in batch.new_rows:  # as a worker that fails in the middle
+                self._rows[new.row] = [0, 0]
+            raise MemoryError("out of memory\nin two lines")
         if batch.step == self._args.raise_at_step:
             raise RuntimeError("the model broke\nin two lines")
         if batch.step == self._args.kill_at_step:
@@ -106,6 +110,9 @@ class FakeRunner:
                 sampled.rows.append(scheduled.row)
                 sampled.token_ids.append(token_id)
         return sampled
+
+    def reset(self) -> None:
+        self._rows.clear()
 
 
 class FakeStep:
@@ -153,6 +160,7 @@ if __name__ == "__main__":
     parser.add_argument("--load-bug", action="store_true")
     parser.add_argument("--raise-at-step", type=int)
     parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--out-of-memory-at-steps", type=int, nargs="*", default=[])
     parser.add_argument("--kill-at-step", type=int)
     parser.add_argument("--kill-with", type=int, default=signal.SIGKILL)
     parser.add_argument("--stall-at-step", type=int)

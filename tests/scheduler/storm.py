@@ -25,6 +25,7 @@ from tests.scheduler.fake_worker import (
 )
 
 ABORT = Finished(reason=FinishReason.ABORT)
+OUT_OF_MEMORY = Finished(reason=FinishReason.ERROR, code="out_of_memory")
 PROMPTS = st.builds(
     lambda family, length, tail: [(family * 7 + i * i) % VOCAB_SIZE for i in range(length)] + tail,
     st.integers(0, 1),
@@ -182,6 +183,18 @@ class SchedulerStorm(RuleBasedStateMachine):
     def preempt(self) -> None:
         self.scheduler._preempt(self.scheduler._running[-1])
 
+    @rule(is_early=st.booleans())
+    def run_out_of_memory(self, is_early: bool) -> None:
+        """The steps in flight fail, one of them perhaps before the worker has done anything."""
+        if is_early and self.scheduler.in_flight < self.depth and (batch := self.scheduler.schedule()) is not None:
+            self.worker.last_step = batch.step
+        if self.scheduler.in_flight:
+            self.results.clear()
+            self.worker.rows.clear()
+            culprit = self.scheduler.abandon()
+            if culprit is not None:
+                assert self.scheduler.finish(culprit, OUT_OF_MEMORY)
+
     @rule()
     def take_finished(self) -> None:
         self.deliver(StepResult(finished=self.scheduler.take_finished()))
@@ -258,7 +271,7 @@ class SchedulerStorm(RuleBasedStateMachine):
         params: SamplingParams = message.params
         prompt = [int.from_bytes(message.prompt[i : i + 4], "little") for i in range(0, len(message.prompt), 4)]
         alone, reason = run_alone(prompt, params, self.limit)
-        if finished.reason is FinishReason.ABORT:
+        if finished in (ABORT, OUT_OF_MEMORY):
             assert output == alone[: len(output)]
             return
         assert (output, finished.reason) == (alone, reason)

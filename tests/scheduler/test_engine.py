@@ -267,6 +267,39 @@ def test_an_exception_in_a_step_ends_it_and_is_logged_with_the_requests(start: S
     assert "Traceback" in engine.log
 
 
+@pytest.mark.parametrize("options", OVERLAP)
+def test_the_newest_prompt_is_given_up_when_memory_runs_out_and_the_others_lose_nothing(
+    start: StartEngine, options: list[str]
+) -> None:
+    engine = start(*options, "--out-of-memory-at-steps", "6", "--step-seconds", "0.1", max_num_batched_tokens=64)
+    engine.wait_ready()
+    prompts = {"a": [1] * 100, "b": [2] * 10, "greedy": [3] * 500}
+    for request_id, prompt in prompts.items():
+        engine.add(request_id, prompt, max_tokens=30)
+    engine.wait_finished(*prompts)
+    assert (engine.finished["greedy"].reason, engine.finished["greedy"].code) == (FinishReason.ERROR, "out_of_memory")
+    assert not engine.tokens["greedy"]
+    for request_id in ("a", "b"):
+        assert engine.tokens[request_id] == expected_tokens(prompts[request_id], 30)
+        assert engine.finished[request_id].reason is FinishReason.LENGTH
+    assert "step 6 ran out of memory, greedy is given up: out of memory in two lines" in engine.log
+    beat = engine.until(lambda message: isinstance(message, Heartbeat) and message.stats.num_running == 0)
+    assert isinstance(beat, Heartbeat)
+    assert beat.stats.free_blocks == beat.stats.num_blocks
+
+
+def test_running_out_of_memory_twice_in_a_minute_is_the_end(start: StartEngine) -> None:
+    engine = start("--out-of-memory-at-steps", "5", "9")
+    engine.wait_ready()
+    for request_id in "ab":
+        engine.add(request_id, [1, 2], max_tokens=100)
+    failed = engine.until(lambda message: isinstance(message, EngineFailed))
+    assert isinstance(failed, EngineFailed)
+    assert (failed.kind, failed.request_ids) == ("step", ["a"])
+    assert engine.finished["b"].code == "out_of_memory"
+    assert engine.end() == 70
+
+
 def test_a_config_error_while_loading_is_one_line_and_exit_code_2(start: StartEngine) -> None:
     engine = start("--load-error", "model.safetensors: tensor x is\ntruncated")
     assert engine.next() == EngineFailed(kind="config", message="model.safetensors: tensor x is truncated")

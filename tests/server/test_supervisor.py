@@ -32,7 +32,7 @@ def supervise(scenario: Scenario, *options: str, command: tuple[str, ...] = COMM
         await supervisor.start()
         running = None
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 await supervisor.wait_ready()
                 running = asyncio.create_task(supervisor.run())
                 await scenario(supervisor, running)
@@ -52,7 +52,7 @@ def kill(supervisor: Supervisor, number: int = signal.SIGKILL) -> None:
 
 
 async def until_restarted(supervisor: Supervisor, restarts: int) -> None:
-    await until(lambda: supervisor.restarts == restarts and supervisor.is_ready)
+    await until(lambda: supervisor.restarts == restarts and supervisor.is_ready, 60)
 
 
 def test_an_engine_that_dies_is_replaced_and_answers() -> None:
@@ -171,7 +171,7 @@ def test_a_stopped_engine_is_killed_when_the_limit_has_passed(when: str) -> None
         if when == "in a step":
             assert (await read(stream))[1] == ENGINE_DEAD
         await first.wait_down()
-        assert 2 - 1 < time.monotonic() - stopped < 4
+        assert 1 < time.monotonic() - stopped < 10
         assert first.failure is not None
         assert "no step ended for" in first.failure
         await until_restarted(supervisor, 1)
@@ -184,7 +184,7 @@ def test_a_step_that_hangs_shows_its_stacks_and_is_killed(capfd: pytest.CaptureF
         stream = supervisor.submit(add_request("a", [1], 100))
         started = time.monotonic()
         assert (await read(stream))[1] == ENGINE_DEAD
-        assert 1.4 < time.monotonic() - started < 4
+        assert 1.4 < time.monotonic() - started < 10
         await until_restarted(supervisor, 1)
 
     supervise(scenario, "--stall-at-step", "3", stall_seconds=1.5)
@@ -208,11 +208,11 @@ def test_a_front_end_that_was_held_up_does_not_blame_the_engine() -> None:
     async def scenario(supervisor: Supervisor, running: asyncio.Task[None]) -> None:
         stream = supervisor.submit(add_request("a", [1], 1000))
         await anext(stream)
-        time.sleep(1.5)  # the event loop stands still: nothing of what the engine says is heard
+        time.sleep(2.2)  # the event loop stands still: nothing of what the engine says is heard
         assert (await read(stream))[1].reason is FinishReason.LENGTH
         assert supervisor.restarts == 0
 
-    supervise(scenario, "--step-seconds", "0.002", stall_seconds=1.0)
+    supervise(scenario, "--step-seconds", "0.002", stall_seconds=1.5)
 
 
 def test_loading_has_no_limit() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,7 @@ from model.ops.cuda.mla_decode import (
 )
 from model.ops.cuda.mla_prefill import Accumulator, Pass, mla_prefill, plan_passes
 from model.ops.interface import LatentWeights, unpacked
+from model.transfer import to_device
 
 MOST_ABSORBED = 128
 """Query tokens of a row. Per head and pair of query and key, absorbing takes (2 r + dr) / (dn + dr + dv) = 3.4 times
@@ -148,14 +150,14 @@ def _absorbed(step: StepInputs, rows: list[int], queries: list[int], config: Dee
     tokens: slice | Tensor = slice(starts[0], starts[0] + number)
     tables = step.block_tables[rows[0] : rows[-1] + 1]
     if len(tables) > len(rows):  # rows with many tokens lie between them
-        tables = step.block_tables[torch.tensor(rows, device=device)]
-        spans = [torch.arange(start, start + n) for start, n in zip(starts, queries, strict=True)]
-        tokens = torch.cat(spans).to(device)
+        tables = step.block_tables.index_select(0, to_device(np.array(rows), device))
+        spans = [np.arange(start, start + n) for start, n in zip(starts, queries, strict=True)]
+        tokens = to_device(np.concatenate(spans), device)
     heads, split_pages = config.num_attention_heads, pages_of_a_split(len(rows))
     block = lines_of_a_tile(heads, max(queries), device)
     work = decode_work(
-        torch.tensor([0, *queries]).cumsum(0, dtype=torch.int32).to(device),
-        torch.tensor(contexts, dtype=torch.int32).to(device),
+        to_device(np.cumsum([0, *queries], dtype=np.int32), device),
+        to_device(np.array(contexts, np.int32), device),
         tables,
         tokens=number,
         items=num_items(queries, contexts, heads, block, split_pages),

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.cuda.mla_decode import LOG2_E
+from model.transfer import to_device
 
 TILE = 128
 """Query tokens of a program."""
@@ -63,7 +64,7 @@ def plan_passes(
                     tiles.append((tokens[row] + query, number, workspace - room, keys, sees, flags))
             room -= stop - start
             row, start = (row + 1, 0) if stop == contexts[row] else (row, stop)
-        passes.append(Pass(segments, torch.from_numpy(np.array(tiles, np.int32)).to(device, non_blocking=True)))
+        passes.append(Pass(segments, to_device(np.array(tiles, np.int32), device)))
     return passes
 
 

@@ -18,6 +18,7 @@ from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.cuda.router import router
+from model.ops.cuda.sampler import sample
 from model.ops.interface import (
     LatentWeights,
     LinearWeight,
@@ -30,7 +31,7 @@ from model.ops.interface import (
     unpacked,
 )
 from model.rotary import Rotation, rotation
-from model.sampler import SamplingInputs, sample
+from model.sampler import SamplingInputs
 
 
 class CudaOps:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -28,8 +29,10 @@ from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.cuda.router import router
+from model.ops.cuda.sampler import sample
 from model.ops.interface import Routing, SwigluWeights
 from model.rotary import Rotation
+from model.sampler import Limits, SamplingInputs
 from tests.model.ops.cuda.shapes import V2, V2_LITE, V3, Shape
 
 SHARED_MEMORY = {90: 227 << 10, 80: 163 << 10}
@@ -116,6 +119,18 @@ def launches(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
             f"experts, {tokens} tokens",
             lambda routing=routing, n=tokens: moe(bf16(n, hidden), routing, weights, extra, bf16(n, hidden)),
         )
+    columns = {name: np.zeros(32) for name in ("temperature", "top_p", "min_p", "presence", "frequency")}
+    integers = {name: np.zeros(32, np.int64) for name in ("top_k", "position", "row", "num_prompt_tokens")}
+    grammar = Limits(0, bytes(12800), *(np.empty(0, np.int64),) * 3, np.empty(0, np.float32))
+    sampling = SamplingInputs(
+        **columns,
+        **integers,
+        repetition=np.ones(32),
+        seed=np.zeros(32, np.uint64),
+        history=torch.zeros((32, 8), dtype=torch.int32),
+        limits=[grammar],
+    )
+    yield "sampler", lambda: sample(torch.zeros(32, 102400), sampling)
     yield "silu", lambda: silu_mul(bf16(32, 2 * config.intermediate_size))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from model.batch import SamplingParams
 from model.ops.cuda.ops import CudaOps
@@ -15,7 +16,8 @@ from model.runner import _choose_ops
 from scheduler.messages import AddRequest
 from tests.checkpoints import make_checkpoint
 from tests.model.engine import Engine, Outcome
-from tests.model.ops.cuda.common import DEVICE, randn
+from tests.model.ops.cuda.common import DEVICE, poisoned, randn
+from tests.model.ops.cuda.test_graphs import CaptureList
 from tests.model.test_ops_eager import CONFIG
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="the eager twin runs on the CPU, and so would the kernels")
@@ -73,3 +75,35 @@ def test_a_gpu_gets_the_kernels_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> 
     assert _choose_ops(CONFIG, torch.float32, device, 1, "none").name == "eager"
     monkeypatch.setattr("model.ops.cuda.device.shared_memory", lambda _: 99 << 10)
     assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").name == "eager"
+
+
+def test_no_launch_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, chunks, decoding, log-probabilities: from the rows to the tokens nothing is read until it is collected.
+
+    Rows have a memory of the device's own, as with a GPU. Nothing is computed here, as in `test_graphs`.
+    """
+    model_dir = make_checkpoint(tmp_path, "v3")
+    ops = CudaOps()
+    monkeypatch.setattr("model.runner._choose_ops", lambda *_: ops)
+    monkeypatch.setattr("model.ops.cuda.attention.MOST_ABSORBED", 32)
+    engine = Engine(model_dir, budget=60)
+    rows = engine.runner._rows
+    rows._apart, rows._history = True, torch.zeros_like(rows._history)
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)
+    for message in requests([70, 2]):
+        params = structs.replace(message.params, prompt_logprobs=2, repetition_penalty=1.1, temperature=1.0)
+        request = engine.scheduler.make_request(structs.replace(message, params=params))
+        assert engine.scheduler.add(request) is None
+    sampled = 0
+    for _ in range(4):
+        batch = engine.scheduler.schedule()
+        assert batch is not None
+        with poisoned(), CaptureList(uploads=True):
+            launched = engine.runner.launch(batch)
+        outcome = launched.collect()
+        outcome.token_ids = [7] * len(outcome.rows)
+        sampled += len(outcome.rows)
+        for column in (*outcome.prompt_logprobs.values(), *outcome.logprobs.values()):
+            column.logprobs = [[0.0]] * len(column.token_ids)
+        engine.scheduler.update(outcome)
+    assert sampled > 4

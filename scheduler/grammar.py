@@ -10,6 +10,7 @@ Time and memory are bounded twice: the front-end compiles every grammar first in
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections import OrderedDict
@@ -21,6 +22,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from scheduler.messages import Grammar
 
 _DRAWING = re.compile(r"\d*\s*\||\^|<non-verbose")
+
+_OPTIONS = '\n%llguidance {"no_forcing": true}'
+"""Text that is the only possible one is not turned into tokens beforehand: that would take the names of control tokens
+in it for the tokens. At the end, where it counts whatever a grammar says itself."""
 
 MAX_COMPILED = 128
 """Grammars kept ready for the next request that has the same one."""
@@ -49,11 +54,12 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     try:
         match grammar.kind:
             case "json_schema":
-                text = LLMatcher.grammar_from_json_schema(grammar.text)
+                text = f"start: %json {grammar.text}{_OPTIONS}"
             case "regex":
                 text = LLMatcher.grammar_from_regex(grammar.text)
+                text = json.loads(text)["grammars"][0]["lark_grammar"] + _OPTIONS
             case "lark":
-                text = LLMatcher.grammar_from_lark(grammar.text)
+                text = LLMatcher.grammar_from_lark(grammar.text + _OPTIONS)
             case kind:
                 raise GrammarError(f"unknown kind of grammar {kind!r}")
     except ValueError as error:

@@ -55,6 +55,27 @@ def test_the_mask_has_the_tokens_that_can_follow_and_no_other(
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "written"),
+    [
+        ("regex", "a<｜User｜>b", "a<｜User｜>b"),
+        ("json_schema", '{"const": "<｜User｜>"}', '"<｜User｜>"'),
+        ("lark", 'start: "<｜User｜>"', "<｜User｜>"),
+        ("lark", '%llguidance {"no_forcing": false}\nstart: "<｜User｜>"', "<｜User｜>"),
+    ],
+)
+def test_the_name_of_a_control_token_is_text_like_any_other(
+    grammars: CheckpointGrammars, tokenizer: Tokenizer, kind: str, text: str, written: str
+) -> None:
+    grammars.add("r", Grammar(kind, text))
+    drawn, ended = b"", False
+    while not ended:
+        token_id = allowed(grammars.bitmask("r"))[0]
+        drawn += tokenizer.token_bytes(token_id) if token_id != EOS else b""
+        ended = grammars.accept("r", token_id)
+    assert drawn.decode().strip() == written
+
+
 def test_it_ends_where_nothing_can_follow_and_offers_eos_where_it_may(grammars: CheckpointGrammars) -> None:
     grammars.add("closed", Grammar("regex", "[0-9]"))
     assert EOS not in allowed(grammars.bitmask("closed"))

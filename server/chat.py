@@ -5,9 +5,11 @@ from __future__ import annotations
 import uuid
 from array import array
 from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
+from scheduler.messages import Grammar
 from server.chat_template import ChatTemplate, Prompt, TemplateError
 from server.errors import BadRequest
 from server.events import ChoiceEvent
@@ -15,12 +17,16 @@ from server.generation import Generator, Job, refuse_long_text
 from server.message_parser import MessageParser
 from server.message_split import MessageSplitter
 from server.record import RequestRecord
+from server.sampling import prompt_too_long
 from server.schemas.chat import ChatCompletionRequest, ChatMessage
 from server.structured import response_grammar
-from server.tokenizer import EncodeError, Segment
+from server.time_limit import run_within
+from server.tokenizer import EncodeError, Segment, TooManyTokensError
 from server.tool_prompt import template_variables
 from server.tool_syntax import THINK_BEGIN, THINK_END, Tools, check_tools, tool_grammar
 
+RENDER_SECONDS = 2.0
+RENDER_THREADS = 2
 _END_OF_CONTENT = "\U0001fffe"
 """A noncharacter: marks where the last message's text ends in the rendered prompt."""
 
@@ -31,6 +37,7 @@ class ChatService:
     def __init__(self, generator: Generator, template: ChatTemplate | None) -> None:
         self._generator = generator
         self._template = template
+        self._executor = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="render")
 
     async def events(
         self, body: ChatCompletionRequest, record: RequestRecord, answer_id: str | None = None
@@ -41,17 +48,31 @@ class ChatService:
             async for event in events:
                 yield splitter.split(event)
 
-    def render(self, body: ChatCompletionRequest) -> Prompt:
+    async def render(self, body: ChatCompletionRequest) -> Prompt:
         """The prompt of the conversation. Raises BadRequest."""
+        template = self._require_template()
+        try:
+            # A template is a program of whoever made the checkpoint, and long conversations keep it busy.
+            return await run_within(RENDER_SECONDS, self._executor, lambda: self._render(template, body))
+        except TimeoutError:
+            raise BadRequest(
+                f"The chat template takes more than {RENDER_SECONDS:.0f} seconds for these messages.", param="messages"
+            ) from None
+
+    def _require_template(self) -> ChatTemplate:
         if self._template is None:
             raise BadRequest("This model has no chat template; use /v1/completions.", code="no_chat_template")
+        return self._template
+
+    @staticmethod
+    def _render(template: ChatTemplate, body: ChatCompletionRequest) -> Prompt:
         messages = [plain_message(message) for message in body.messages]
         is_continued = continues_last_message(body)
         if is_continued:
             content = messages[-1]["content"]
             messages[-1]["content"] = (content if isinstance(content, str) else _joined(content)) + _END_OF_CONTENT
         try:
-            prompt = self._template.render(
+            prompt = template.render(
                 messages,
                 add_generation_prompt=not is_continued and body.add_generation_prompt is not False,
                 tools=_tools(body) or None,
@@ -63,15 +84,18 @@ class ChatService:
 
     async def encode(self, body: ChatCompletionRequest, window: int) -> array[int]:
         """Token ids of the prompt. Raises BadRequest."""
-        return await self._encode(self.render(body), body, window)
+        return await self.encode_prompt(await self.render(body), body, window)
 
-    async def _encode(self, prompt: Prompt, body: ChatCompletionRequest, window: int) -> array[int]:
+    async def encode_prompt(self, prompt: Prompt, body: ChatCompletionRequest, window: int) -> array[int]:
+        """Token ids of what `render` gave. Raises BadRequest."""
         tokenizer = self._generator.tokenizer
         refuse_long_text(prompt.text, tokenizer, window, "messages")
         try:
-            ids = await tokenizer.encode_segments(prompt.segments)
+            ids = await tokenizer.encode_segments(prompt.segments, window)
         except EncodeError as error:
             raise BadRequest(f"Invalid value for 'messages': {error}.", param="messages") from None
+        except TooManyTokensError as error:
+            raise prompt_too_long(window, f"more than {error.count}", "messages") from None
         if (
             body.add_special_tokens
             and tokenizer.bos_token_id is not None
@@ -83,21 +107,29 @@ class ChatService:
     def _job(self, body: ChatCompletionRequest, answer_id: str | None) -> tuple[Job, MessageSplitter]:
         if body.top_logprobs is not None and not body.logprobs:
             raise BadRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
-        prompt = self.render(body)
-        assert self._template is not None
-        syntax = self._template.syntax
+        template = self._require_template()
+        syntax = template.syntax
         assert syntax is not None
         tools = _tools(body)
-        thinking = syntax.thinks and prompt.text.rstrip().endswith(THINK_BEGIN)
-        grammar = tool_grammar(
-            syntax,
-            tools,
-            _tool_choice(body),
-            body.parallel_tool_calls is not False,
-            answer=response_grammar(body.response_format, body.structured_outputs),
-            thinking=thinking,
-        )
         names = [tool["function"]["name"] for tool in tools]
+        thinking = False  # until the prompt is rendered
+
+        async def encode(window: int) -> array[int]:
+            nonlocal thinking
+            prompt = await self.render(body)
+            thinking = syntax.thinks and prompt.text.rstrip().endswith(THINK_BEGIN)
+            return await self.encode_prompt(prompt, body, window)
+
+        def grammar() -> Grammar | None:
+            return tool_grammar(
+                syntax,
+                tools,
+                _tool_choice(body),
+                body.parallel_tool_calls is not False,
+                answer=response_grammar(body.response_format, body.structured_outputs),
+                thinking=thinking,
+            )
+
         splitter = MessageSplitter(
             lambda: MessageParser(syntax, reasoning=thinking, tools=names), syntax.marks.get(THINK_END)
         )
@@ -105,9 +137,9 @@ class ChatService:
         job = Job(
             request_id=answer_id or f"chatcmpl-{uuid.uuid4().hex}",
             fields=body,
-            prompts=[lambda window: self._encode(prompt, body, window)],
+            prompts=[encode],
             param="messages",
-            strip_leading_space=self._template.strip_leading_space and is_new_turn,
+            strip_leading_space=template.strip_leading_space and is_new_turn,
             logprobs=body.num_logprobs,
             grammar=grammar,
             shown=tuple(syntax.marks.values()) if tools else _think_marks(syntax.marks),

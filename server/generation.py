@@ -56,7 +56,8 @@ class Job:
     """Log-probabilities of each token and so many likely ones."""
     prompt_logprobs: bool = False
     """Those of the prompt too."""
-    grammar: Grammar | None = None
+    grammar: Callable[[], Grammar | None] = lambda: None
+    """Called when the prompts are there. Raises BadRequest."""
     shown: tuple[int, ...] = ()
     """Special tokens that are part of the text, for a parser to find."""
 
@@ -116,7 +117,8 @@ class Generator:
         answer = _Answer(self, job, record, clock, ticket)
         try:
             with self._open_requests.track(record, answer.cancel):
-                prompts, params = await self._prepare(job, ready, clock)
+                prompts, params, answer.grammar = await self._prepare(job, ready, clock)
+                record.release_body()
                 answer.check_cancelled()
                 with self._counting_refusals("queued_tokens"):
                     ticket.enqueue(sum(map(len, prompts)))
@@ -149,14 +151,18 @@ class Generator:
 
     async def _prepare(
         self, job: Job, ready: EngineReady, clock: Clock
-    ) -> tuple[list[array[int]], list[SamplingParams]]:
-        """The prompts and the parameters of each one's first choice. Raises `clock.error()` when its time is up."""
+    ) -> tuple[list[array[int]], list[SamplingParams], Grammar | None]:
+        """The prompts, the parameters of each one's first choice, and what every answer must follow.
+
+        Raises `clock.error()` when its time is up.
+        """
         try:
             async with asyncio.timeout(clock.time_left):
-                if job.grammar is not None:
-                    await self._grammars.check(job.grammar, grammar_param(job.fields))
                 prompts = [await encode(ready.max_model_len) for encode in job.prompts]
-                return prompts, await self._params(job, ready, prompts)
+                grammar = job.grammar()
+                if grammar is not None:
+                    await self._grammars.check(grammar, grammar_param(job.fields))
+                return prompts, await self._params(job, ready, prompts), grammar
         except TimeoutError:
             raise clock.error() from None
 
@@ -196,6 +202,7 @@ class _Answer:
         self._record = record
         self._clock = clock
         self._ticket = ticket
+        self.grammar: Grammar | None = None
         self._sequences: dict[int, OpenSequence] = {}
         self._streams = MergedStreams()
         self._has_tokens = False
@@ -214,7 +221,7 @@ class _Answer:
             priority=fields.priority or 0,
             tenant=self._record.key_digest.hex(),
             cache_salt=_cache_salt(self._record, fields),
-            grammar=job.grammar,
+            grammar=self.grammar,
             # The first progress is how it is known here that a request does not wait any more.
             progress=fields.wants_progress or generator._deadlines.queue is not None,
         )

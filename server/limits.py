@@ -22,6 +22,7 @@ class Limit:
 
 
 MAX_BODY_BYTES = Limit("body", 16 * 2**20, "bytes", "request body")
+QUEUED_BODY_BYTES = Limit("queued_bodies", 32 * 2**20, "bytes", "bodies of all requests that are not tokenized yet")
 MAX_HEADER_BYTES = Limit("headers", 32 * 2**10, "bytes", "URL and headers of a request")
 MAX_HEADERS = Limit("header_count", 100, "headers", "request headers")
 MAX_JSON_DEPTH = Limit("json_depth", 200, "nested levels", "each field of the body")
@@ -31,6 +32,9 @@ CONTENT_PARTS = Limit("content_parts", 1024, "parts", "messages[].content")
 NAME = Limit("name", 256, "characters", "messages[].name")
 MODEL = Limit("model", 256, "characters", "model")
 PROMPT_IDS = Limit("prompt_ids", 2**20, "ids", "prompt")
+UNBROKEN_TEXT = Limit(
+    "unbroken_text", 256 * 2**10, "characters", "text in which letters, digits, spaces and signs do not change"
+)
 STOPS = Limit("stop", 16, "strings", "stop")
 STOP_BYTES = Limit("stop_length", 256, "UTF-8 bytes", "stop[]", 1)
 STOP_TOKEN_IDS = Limit("stop_token_ids", 1024, "ids", "stop_token_ids")
@@ -81,6 +85,7 @@ CHOICES = Limit("choices", 1000, "texts", "structured_outputs.choice")
 
 LIMITS: tuple[Limit, ...] = (
     MAX_BODY_BYTES,
+    QUEUED_BODY_BYTES,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_JSON_DEPTH,
@@ -90,6 +95,7 @@ LIMITS: tuple[Limit, ...] = (
     NAME,
     MODEL,
     PROMPT_IDS,
+    UNBROKEN_TEXT,
     STOPS,
     STOP_BYTES,
     STOP_TOKEN_IDS,

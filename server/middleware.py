@@ -29,6 +29,7 @@ from server.errors import (
     BadRequest,
     ClientDisconnected,
     ForbiddenHost,
+    Overloaded,
     PayloadTooLarge,
     RequestTimeout,
     Unauthorized,
@@ -52,6 +53,8 @@ ADMIN_PATHS = frozenset({"/reset_prefix_cache"})
 BODY_SECONDS = 30.0
 BODY_BYTES_PER_SECOND = 256 * 1024
 """A body may take BODY_SECONDS, and a second more for each so many bytes of it that came."""
+SMALL_BODY_BYTES = 64 * 1024
+"""A body of this size is read however many others wait."""
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{limits.MAX_REQUEST_ID.maximum:.0f}}}")
 
@@ -173,6 +176,8 @@ class BodyMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._queued_bytes = 0
+        """Of the bodies of all requests, until they are tokens."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -182,12 +187,12 @@ class BodyMiddleware:
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > limit:
             raise _too_large(limit)
-        size = 0
+        size = queued = 0
         complete = False
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_bounded() -> Message:
-            nonlocal size, complete
+            nonlocal size, complete, queued
             if complete:
                 return await receive()  # only the disconnect is left, and that may take as long as the answer
             try:
@@ -199,9 +204,22 @@ class BodyMiddleware:
             complete = not message.get("more_body", False)
             if size > limit:
                 raise _too_large(limit)
+            self._queued_bytes += size - queued
+            queued = size
+            if size > SMALL_BODY_BYTES and self._queued_bytes > limits.QUEUED_BODY_BYTES.maximum:
+                raise Overloaded("Too many long requests are being read. Please retry later.", retry_after=1)
             return message
 
-        await self._app(scope, receive_bounded, send)
+        def release() -> None:
+            nonlocal queued
+            self._queued_bytes -= queued
+            queued = 0
+
+        scope["state"]["record"].release_body = release
+        try:
+            await self._app(scope, receive_bounded, send)
+        finally:
+            release()
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

@@ -6,8 +6,9 @@ from array import array
 
 from server.errors import BadRequest
 from server.generation import refuse_long_text
+from server.sampling import prompt_too_long
 from server.schemas.completion import CompletionRequest
-from server.tokenizer import EncodeError, Segment, Tokenizer
+from server.tokenizer import EncodeError, Segment, Tokenizer, TooManyTokensError
 
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 """DeepSeek's: begin, prefix, hole, suffix, end; the answer is what belongs into the hole (DeepSeek-Coder,
@@ -44,14 +45,17 @@ async def encode_prompt(
     add_bos = body.add_special_tokens is not False
     try:
         if not suffix:
-            return await tokenizer.encode(prompt, add_special_tokens=add_bos)
+            return await tokenizer.encode(prompt, add_special_tokens=add_bos, most=window)
         begin, hole, end = (Segment(text, trusted=True) for text in FIM_TOKENS)
         ids = await tokenizer.encode_segments(
             # Source code may well contain these very texts.
-            [begin, Segment(prompt, trusted=False), hole, Segment(suffix, trusted=False), end]
+            [begin, Segment(prompt, trusted=False), hole, Segment(suffix, trusted=False), end],
+            window,
         )
     except EncodeError as error:
         raise BadRequest(f"Invalid value for 'prompt': {error}.", param="prompt") from None
+    except TooManyTokensError as error:
+        raise prompt_too_long(window, f"more than {error.count}", "prompt") from None
     if add_bos and tokenizer.add_bos_token and tokenizer.bos_token_id is not None:
         ids.insert(0, tokenizer.bos_token_id)
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -14,6 +15,8 @@ class RequestRecord:
     """Of the API key that was sent, where there are keys."""
     response_id: str = ""
     """The `id` of the answer, once there is one: the other name a client knows it by."""
+    release_body: Callable[[], None] = lambda: None
+    """The body has become tokens: it does not count any more against what all bodies may have."""
     cancelled: bool = False
     """By the client, over another connection."""
     handler: str = "other"

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from server.text_slices import SLICE, TextSlicer, UnbrokenTextError
+
 ENCODE_THREADS = 2
 
 
@@ -26,6 +28,14 @@ class TokenizerError(ValueError):
 
 class EncodeError(ValueError):
     """A text that has no tokens: it is not valid Unicode."""
+
+
+class TooManyTokensError(ValueError):
+    """A text has more tokens than were wanted; `count` are known."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"the text has more than {count} tokens")
+        self.count = count
 
 
 class Segment(NamedTuple):
@@ -57,6 +67,7 @@ class Tokenizer:
         added = full.get_added_tokens_decoder()
         self.added_tokens = tuple(token.content for token in added.values())
         """Texts that `encode` turns into one token each, whatever surrounds them."""
+        self._slicer = TextSlicer(full, self.added_tokens)
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._token_bytes = _token_table(full, vocab_size, {i: token.content for i, token in added.items()})
         self.vocab_size = vocab_size
@@ -87,37 +98,52 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer_config.json: {field} {text!r} is not in tokenizer.json")
         return token_id
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool, most: int | None = None) -> array[int]:
         """Token ids (`array('I')`) of a whole prompt, control tokens in it included.
 
         With `add_special_tokens` the result begins with exactly one BOS where the checkpoint wants one,
-        also when the text begins with it already. Raises `EncodeError`.
+        also when the text begins with it already. Raises as `encode_segments`.
         """
-        ids = await self.encode_segments([Segment(text, trusted=True)])
+        ids = await self.encode_segments([Segment(text, trusted=True)], most)
         if add_special_tokens and self.add_bos_token and ids[:1] != self._bos:
             return self._bos + ids
         return ids
 
-    async def encode_segments(self, segments: Sequence[Segment]) -> array[int]:
-        """Token ids of the segments, each cut on its own; nothing is added between them. Raises `EncodeError`."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._encode, segments)
+    async def encode_segments(self, segments: Sequence[Segment], most: int | None = None) -> array[int]:
+        """Token ids of the segments, each cut on its own; nothing is added between them.
 
-    def _encode(self, segments: Sequence[Segment]) -> array[int]:
+        Raises `EncodeError`, and `TooManyTokensError` when a slice was not the last and there are more than `most`.
+        """
+        loop = asyncio.get_running_loop()
+        slices = self._slices(segments)
         ids = array("I")
+        # A slice each time, so that a long text does not hold up what others have to cut.
+        while await loop.run_in_executor(self._executor, self._encode, slices, ids):
+            if most is not None and len(ids) > most:
+                raise TooManyTokensError(len(ids))
+        return ids
+
+    def _slices(self, segments: Sequence[Segment]) -> Iterator[Segment]:
+        for segment in segments:
+            for text in self._slicer.slices(segment.text):
+                yield Segment(text, segment.trusted)
+
+    def _encode(self, slices: Iterator[Segment], ids: array[int]) -> bool:
+        """Encode a slice's worth of text; whether there may be more."""
+        size = 0
         try:
-            # Only the batch calls of the library release the GIL; `encode` would stop the event loop.
-            trusted = iter(
-                self._full.encode_batch_fast([s.text for s in segments if s.trusted], add_special_tokens=False)
-            )
-            plain = iter(
-                self._plain.encode_batch_fast([s.text for s in segments if not s.trusted], add_special_tokens=False)
-            )
+            for text, trusted in slices:
+                tokenizer = self._full if trusted else self._plain
+                # Only the batch calls of the library release the GIL; `encode` would stop the event loop.
+                ids.extend(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+                size += len(text)
+                if size >= SLICE:
+                    return True
         except TypeError as error:  # what the library raises for a lone surrogate
             raise EncodeError("the text is not valid Unicode: it has a surrogate without its partner") from error
-        for segment in segments:
-            ids.extend(next(trusted if segment.trusted else plain).ids)
-        return ids
+        except UnbrokenTextError as error:
+            raise EncodeError(str(error)) from error
+        return False
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes a token stands for, perhaps not whole characters; b"" for ids no token has."""

@@ -65,7 +65,7 @@ def completions_router(generator: Generator, served: ServedModel) -> APIRouter:
             default_max_tokens=DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
-            grammar=response_grammar(body.response_format, body.structured_outputs),
+            grammar=lambda: response_grammar(body.response_format, body.structured_outputs),
         )
         events = generator.generate(job, record)
         answer = answer_stream if body.stream else answer_whole

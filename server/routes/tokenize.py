@@ -115,9 +115,11 @@ def tokenize_router(generator: Generator, gate: AdmissionGate, chat: ChatService
         model = served.resolve(body.model)
         window = generator.require_ready().max_model_len
         with gate.reserve(key=record_of(request).key_digest):
-            text = chat.render(body).text
-            ids = await chat.encode(body, _ANY_LENGTH)
-        answer = RenderResponse(model=model, prompt=text, count=len(ids), max_model_len=window, tokens=ids.tolist())
+            prompt = await chat.render(body)
+            ids = await chat.encode_prompt(prompt, body, _ANY_LENGTH)
+        answer = RenderResponse(
+            model=model, prompt=prompt.text, count=len(ids), max_model_len=window, tokens=ids.tolist()
+        )
         return json_response(answer, headers=ignored_header(ignored))
 
     return router

@@ -112,12 +112,12 @@ def below(limit: Limit) -> float:
 
 
 ELSEWHERE = {
-    *("request_id", "headers", "header_count"),
+    *("request_id", "headers", "header_count", "unbroken_text", "queued_bodies"),
     *("schema_bytes", "schema_depth", "schema_properties", "enum_values", "repeats", "regex_bytes"),
     *("grammar_bytes", "choices"),
 }
-"""A longer request id is replaced, not refused: test_middleware. Headers: test_http_protocol. Schemas and grammars:
-test_structured."""
+"""A longer request id is replaced, not refused: test_middleware. Headers: test_http_protocol. Unbroken text:
+test_text_slices. Bodies together: test_overload. Schemas and grammars: test_structured."""
 ROWS = [limit for limit in LIMITS if limit.name not in ELSEWHERE]
 STATUS = {"body": 413}
 PARAM: dict[str, Callable[[str], bool]] = {

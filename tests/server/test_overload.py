@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from scheduler.messages import AddRequest, Started
+from server import limits
+from server.chat_template import ChatTemplate
 from server.streams import RequestStream
-from tests.server.harness import Answer, ScriptedEngine, answers, finish, make_app, post, silent
+from server.tool_syntax import detect_syntax
+from tests.server.harness import (
+    JSON,
+    Answer,
+    ScriptedEngine,
+    answers,
+    call,
+    chat,
+    finish,
+    make_app,
+    post,
+    silent,
+    tokenizer,
+)
 
 PATH = "/v1/completions"
 KEY = "k requests_per_minute=2 tokens_per_minute=1000"
@@ -166,3 +184,90 @@ def test_the_engine_hears_whose_a_request_is() -> None:
     tenants = asyncio.run(run())
     assert len(tenants) == 2
     assert "a" not in tenants
+
+
+BOMB = """{% if messages[0].content == 'bomb' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}
+{% endfor %}{% endif %}{{ messages[0].content }}"""
+
+
+def test_a_template_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended, nothing else waits for it, and the place at the door is free again."""
+    syntax = detect_syntax(tokenizer(), tokenizer().chat_template or "")
+    template = ChatTemplate(BOMB, bos_token="", eos_token="", control_tokens=(), syntax=syntax)
+    monkeypatch.setattr("server.app.load_chat_template", lambda _: template)
+    monkeypatch.setattr("server.chat.RENDER_SECONDS", 0.5)
+
+    async def run() -> None:
+        app, _ = make_app(answers("ok"))
+        bomb = {"messages": [{"role": "user", "content": "bomb"}]}
+        bombs = [asyncio.create_task(post(app, "/v1/chat/completions", bomb)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        assert (await post(app, PATH, {"prompt": "x"})).status == 200
+        for answer in await asyncio.gather(*bombs):
+            assert (answer.status, answer.error["param"]) == (400, "messages")
+            assert "chat template takes more than" in answer.error["message"]
+        assert load(app).open_requests == 0
+        assert (await post(app, "/v1/chat/completions", chat())).status == 200
+
+    asyncio.run(run())
+
+
+def test_bodies_that_are_not_tokens_yet_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "QUEUED_BODY_BYTES", replace(limits.QUEUED_BODY_BYTES, maximum=300_000))
+    monkeypatch.setattr("server.middleware.SMALL_BODY_BYTES", 1000)
+    long = json.dumps({"prompt": [5] * 3, "user": "u" * 200_000}).encode()
+
+    async def run() -> None:
+        app, engine = make_app(silent)
+        gone = asyncio.Event()
+        streaming = asyncio.create_task(post(app, PATH, long, disconnect=gone))
+        await engine.submitted.wait()
+        streaming_too = asyncio.create_task(post(app, PATH, long, disconnect=gone))
+        await asyncio.sleep(0.05)
+        assert len(engine.requests) == 2  # the first is tokens by now
+        gone.set()
+        await asyncio.gather(streaming, streaming_too)
+
+    asyncio.run(run())
+
+
+def test_a_body_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "QUEUED_BODY_BYTES", replace(limits.QUEUED_BODY_BYTES, maximum=300_000))
+    monkeypatch.setattr("server.middleware.SMALL_BODY_BYTES", 1000)
+    part = b" " * 200_000
+
+    async def upload(app: Any, *parts: bytes) -> Answer:
+        return await call(app, "POST", PATH, parts, [JSON])
+
+    async def run() -> None:
+        app, _ = make_app(answers("ok"))
+        more = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await more.wait()
+            return {"type": "http.disconnect"}
+
+        held = asyncio.create_task(slow_upload(app, part, receive))
+        await asyncio.sleep(0.02)
+        refused = await upload(app, part)
+        assert (refused.status, refused.error["code"]) == (503, "server_overloaded")
+        assert (await post(app, PATH, {"prompt": "x"})).status == 200  # small ones pass
+        more.set()
+        await held
+        assert (await upload(app, part)).status == 400  # only spaces, but read
+
+    asyncio.run(run())
+
+
+async def slow_upload(app: Any, part: bytes, then: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    """A body that stops in the middle."""
+    parts = [part]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": parts.pop(), "more_body": True} if parts else await then()
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": PATH, "headers": [JSON, (b"host", b"localhost")]}
+    await app({**scope, "query_string": b"", "root_path": "", "raw_path": PATH.encode()}, receive, send)

@@ -472,7 +472,7 @@ def test_progress() -> None:
 
 def test_timeout_before_the_first_token() -> None:
     for stream in (False, True):
-        answer, engine = run(silent, CHAT, timeout=0.02, stream=stream)
+        answer, engine = run(silent, CHAT, timeout=0.3, stream=stream)
         assert (answer.status, answer.error["code"]) == (408, "timeout")
         assert answer.headers["x-should-retry"] == "false"
         assert len(engine.aborted) == 1

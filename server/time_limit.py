@@ -1,0 +1,59 @@
+"""Python code that may not come to an end, in a thread that can be made to."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+async def run_within(seconds: float, executor: Executor, function: Callable[[], T]) -> T:
+    """`function()` in a thread of `executor`. Raises TimeoutError after `seconds`, the wait for the thread included.
+
+    Then, or when the caller is cancelled, the function is ended by an exception between two of its bytecodes: that
+    works for Python's loops, and not within one call of something written in C.
+    """
+    call = _Call(function)
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.get_running_loop().run_in_executor(executor, call)
+    finally:
+        call.stop()
+
+
+class _Stopped(BaseException):
+    """Passes every `except Exception` of the function."""
+
+
+class _Call(Generic[T]):
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._is_stopped = False
+
+    def __call__(self) -> T:
+        try:
+            with self._lock:
+                if self._is_stopped:
+                    raise _Stopped
+                self._thread = threading.get_ident()
+            try:
+                return self._function()
+            finally:
+                with self._lock:
+                    self._thread = None
+        except _Stopped:
+            raise TimeoutError from None
+
+    def stop(self) -> None:
+        """No effect once the function has ended: the exception is raised under the lock that its end takes."""
+        with self._lock:
+            self._is_stopped = True
+            if self._thread is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(_Stopped))

@@ -125,10 +125,13 @@ class ForwardBatch:
         first = 0
         for row in self.rows:
             if row.sample:
-                places = range(first, first + 1 + len(row.drafts))
-                wrong = (i for i, draft in zip(places, row.drafts, strict=False) if token_ids[i] != draft)
-                accepted += range(first, next(wrong, places[-1]) + 1)
-                first = places.stop
+                last = first
+                for draft in row.drafts:
+                    if token_ids[last] != draft:
+                        break
+                    last += 1
+                accepted += range(first, last + 1)
+                first += 1 + len(row.drafts)
         return accepted
 
 

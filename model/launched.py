@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import ForwardBatch, Logprobs, SampledTokens
@@ -21,7 +19,7 @@ class Sampled:
 
     token_ids: Tensor
     """[S] int64, as `Ops.sample` gives them."""
-    places: NDArray[np.int64]
+    places: Sequence[int]
     """[S], as `Rows.feed` gives them."""
     asked: Mapping[int, int]
     """Which of the S want log-probabilities, and of how many alternatives."""
@@ -61,7 +59,8 @@ class LaunchedStep:
             accepted = self._batch.accepted(token_ids)
             outcome.rows = [rows[i] for i in accepted]
             outcome.token_ids = [token_ids[i] for i in accepted]
-            self._rows.learn(outcome.rows, self._sampled.places[accepted], outcome.token_ids)
+            places = self._sampled.places
+            self._rows.learn(outcome.rows, [places[i] for i in accepted], outcome.token_ids)
             if asked := self._sampled.asked:
                 scores = Scores(next(arrived), next(arrived), next(arrived))
                 chosen = [max(token_ids[i], 0) for i in asked]

@@ -66,10 +66,10 @@ class Rows:
         self._apart = self._device.type != "cpu"
         if self._apart:
             self._history = torch.empty(self._tokens.shape, dtype=torch.int32, device=device)
-        self._num_tokens = np.zeros(max_num_seqs, np.int64)
+        self._num_tokens = [0] * max_num_seqs
         """With those that steps in flight sample."""
         self._blocks = np.empty((max_num_seqs, -(-max_model_len // BLOCK_SIZE)), np.int32)
-        self._num_blocks = np.zeros(max_num_seqs, np.int64)
+        self._num_blocks = [0] * max_num_seqs
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self._params: list[SamplingParams | None] = [None] * max_num_seqs
         self._temperature = np.zeros(max_num_seqs, np.float64)
@@ -81,6 +81,8 @@ class Rows:
         self._presence = np.zeros(max_num_seqs, np.float64)
         self._frequency = np.zeros(max_num_seqs, np.float64)
         self._limits: list[_Limits | None] = [None] * max_num_seqs
+        self._plain = [False] * max_num_seqs
+        """Greedy, with neither limits nor penalties."""
 
     def update(self, batch: ForwardBatch) -> None:
         """Release, bind and grow rows as `batch` says. Raises ValueError where the batch contradicts the rows."""
@@ -102,43 +104,48 @@ class Rows:
     def reset(self) -> None:
         """Release all rows."""
         self._params = [None] * len(self._params)
-        self._num_tokens[:] = 0
-        self._num_blocks[:] = 0
+        self._num_tokens = [0] * len(self._params)
+        self._num_blocks = [0] * len(self._params)
 
     def step_inputs(self, batch: ForwardBatch) -> StepInputs:
         """Gather the T tokens of `batch`, already applied by `update`, with no Python work per token."""
-        rows = np.array([scheduled.row for scheduled in batch.rows], np.int64)
-        start = np.array([scheduled.start for scheduled in batch.rows], np.int64)
-        length = np.array([scheduled.num_tokens for scheduled in batch.rows], np.int64)
-        sampled = np.array([scheduled.sample for scheduled in batch.rows], np.bool_)
-        drafts = np.array([len(scheduled.drafts) for scheduled in batch.rows], np.int64)
-        end = start + length
-        num_blocks = self._num_blocks[rows]
-        if (
-            (length < 1).any()
-            or (end - drafts > self._num_tokens[rows]).any()
-            or (end > num_blocks * BLOCK_SIZE).any()
-            or (sampled & (end - drafts != self._num_tokens[rows])).any()
-            or (drafts[~sampled] > 0).any()
-        ):
-            raise ValueError(f"step {batch.step} schedules tokens or blocks its rows do not have")
-        query_start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(length, out=query_start[1:])
-        token_rows = np.repeat(rows, length)
-        positions = np.arange(query_start[-1]) + np.repeat(start - query_start[:-1], length)
-        blocks = self._blocks[token_rows, positions // BLOCK_SIZE].astype(np.int64)
-        places = np.array(batch.sampled_rows, np.int64)
-        newest = (query_start[1:] - 1 - drafts)[sampled]
-        sample_index = np.repeat(newest, 1 + drafts[sampled]) + _times_before(places)
-        slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        rows, starts, context_lens = [], [], []
+        query_start, sample_index = [0], list[int]()
+        stop = 0
+        for scheduled in batch.rows:
+            row, start, length = scheduled.row, scheduled.start, scheduled.num_tokens
+            end, drafts = start + length, len(scheduled.drafts)
+            known = self._num_tokens[row]
+            if (
+                length < 1
+                or end > self._num_blocks[row] * BLOCK_SIZE
+                or end - drafts > known
+                or (end - drafts != known if scheduled.sample else drafts)
+            ):
+                raise ValueError(f"step {batch.step} schedules tokens or blocks its rows do not have")
+            stop += length
+            rows.append(row)
+            starts.append(start)
+            query_start.append(stop)
+            context_lens.append(end)
+            if scheduled.sample:
+                sample_index += range(stop - 1 - drafts, stop)
+        of_tokens = of_rows = np.array(rows, np.int64)
+        positions = np.array(starts, np.int64)
+        if stop > len(rows):
+            of_tokens = np.repeat(of_rows, np.diff(query_start))
+            positions = np.concatenate([np.arange(*span) for span in zip(starts, context_lens, strict=True)])
+        blocks, offsets = np.divmod(positions, BLOCK_SIZE)
+        slots = self._blocks[of_tokens, blocks] * np.int64(BLOCK_SIZE) + offsets
+        width = max(self._num_blocks[row] for row in rows)
         return StepInputs(
-            token_ids=self._gather(token_rows, positions),
+            token_ids=self._gather(of_tokens, positions),
             positions=to_device(positions, self._device),
             slot_mapping=to_device(slots, self._device),
-            query_start=query_start.tolist(),
-            context_lens=end.tolist(),
-            block_tables=to_device(self._blocks[rows, : num_blocks.max()], self._device),
-            sample_index=to_device(sample_index, self._device),
+            query_start=query_start,
+            context_lens=context_lens,
+            block_tables=to_device(self._blocks[of_rows, :width], self._device),
+            sample_index=to_device(np.array(sample_index, np.int64), self._device),
         )
 
     def _gather(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
@@ -159,21 +166,26 @@ class Rows:
         tokens: list[int] = self._tokens[scheduled.row, scheduled.start + 1 : end].tolist()
         return tokens
 
-    def sampling_inputs(self, sampled: Sequence[int], bitmasks: Mapping[int, bytes] | None = None) -> SamplingInputs:
-        """Parameters of the rows that sample, in the order given; `bitmasks` by row, of those under a grammar.
+    def sampling_inputs(
+        self, sampled: Sequence[int], bitmasks: Mapping[int, bytes] | None = None
+    ) -> SamplingInputs | None:
+        """Parameters of the rows that sample, in the order given; `bitmasks` by row, of those under a grammar. None:
+        all of them are greedy, with neither limits nor penalties.
 
         A row that comes again samples behind its drafts, one more each time, as if those were its newest tokens.
         """
         bitmasks = bitmasks or {}
+        if not bitmasks and all(self._plain[row] for row in sampled):
+            return None
         rows = np.array(sampled, np.int64)
-        lengths = self._num_tokens[rows] + _times_before(rows)
+        places = self._places(sampled)
         return SamplingInputs(
             temperature=self._temperature[rows],
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
             seed=self._seed[rows],
-            position=lengths,
+            position=np.array(places, np.int64),
             repetition=self._repetition[rows],
             presence=self._presence[rows],
             frequency=self._frequency[rows],
@@ -181,39 +193,51 @@ class Rows:
             num_prompt_tokens=self._num_prompt_tokens[rows],
             history=self._history,
             limits=[
-                self._limits_of(row, index, int(lengths[index]), bitmasks.get(row))
+                self._limits_of(row, index, places[index], bitmasks.get(row))
                 for index, row in enumerate(sampled)
                 if self._limits[row] is not None or row in bitmasks
             ],
         )
 
-    def feed(self, sampled: Sequence[int], token_ids: Tensor) -> NDArray[np.int64]:
+    def feed(self, sampled: Sequence[int], token_ids: Tensor) -> list[int]:
         """Write the S tokens that a step samples, int64 on the device, to their rows, where its drafts were: a row may
         run again before they are known. Returns their places, for `learn`.
 
         A request whose logits were not finite (-1) is about to end: it gets id 0. A full row takes no more.
         """
-        rows = np.array(sampled, np.int64)
-        before = _times_before(rows)
-        places = self._num_tokens[rows] + before
-        kept = np.flatnonzero(places < self._tokens.shape[1])
+        places = self._places(sampled)
+        width = self._tokens.shape[1]
+        kept = [i for i, place in enumerate(places) if place < width]
         if not self._apart:
-            self._tokens[rows[kept], places[kept]] = np.maximum(token_ids.numpy()[kept], 0)
-        else:
-            index = to_device(rows[kept] * self._tokens.shape[1] + places[kept], self._device)
-            chosen = token_ids.index_select(0, to_device(kept, self._device))
-            self._history.view(-1).index_copy_(0, index, chosen.clamp(min=0).int())
-        self._num_tokens[rows[kept][before[kept] == 0]] += 1
+            for i, token_id in enumerate(token_ids.tolist()):
+                if places[i] < width:
+                    self._tokens[sampled[i], places[i]] = max(token_id, 0)
+        elif kept:
+            index = np.array([sampled[i] * width + places[i] for i in kept], np.int64)
+            chosen = token_ids.index_select(0, to_device(np.array(kept, np.int64), self._device))
+            self._history.view(-1).index_copy_(0, to_device(index, self._device), chosen.clamp(min=0).int())
+        for i in kept:
+            if i == 0 or sampled[i] != sampled[i - 1]:
+                self._num_tokens[sampled[i]] += 1
         return places
 
-    def learn(self, sampled: Sequence[int], places: NDArray[np.int64], token_ids: Sequence[int]) -> None:
+    def learn(self, sampled: Sequence[int], places: Sequence[int], token_ids: Sequence[int]) -> None:
         """On the host: tokens that were sampled for rows, at the places that `feed` gave them. Of a row that had drafts
         these are the ones accepted."""
-        rows = np.array(sampled, np.int64)
-        kept = places < self._tokens.shape[1]
-        rows, places = rows[kept], places[kept]
-        self._tokens[rows, places] = np.maximum(np.array(token_ids, np.int32)[kept], 0)
-        np.maximum.at(self._num_tokens, rows, places + 1)
+        width = self._tokens.shape[1]
+        for row, place, token_id in zip(sampled, places, token_ids, strict=True):
+            if place < width:
+                self._tokens[row, place] = max(token_id, 0)
+                self._num_tokens[row] = max(self._num_tokens[row], place + 1)
+
+    def _places(self, sampled: Sequence[int]) -> list[int]:
+        """Where the next token of each row goes; of a row that comes again, beside itself, one further each time."""
+        places: list[int] = []
+        last = -1
+        for row in sampled:
+            places.append(places[-1] + 1 if row == last else self._num_tokens[row])
+            last = row
+        return places
 
     def _bind(self, new: NewRow) -> None:
         row, params, tokens = new.row, new.params, np.frombuffer(new.tokens, np.uint32)
@@ -234,6 +258,8 @@ class Rows:
         self._presence[row] = params.presence_penalty
         self._frequency[row] = params.frequency_penalty
         self._limits[row] = self._prepare_limits(params)
+        penalties = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self._plain[row] = params.temperature == 0 and not penalties and self._limits[row] is None
 
     def _prepare_limits(self, params: SamplingParams) -> _Limits | None:
         if not (params.min_tokens or params.logit_bias or params.allowed_token_ids or params.bad_words):
@@ -249,7 +275,7 @@ class Rows:
         )
 
     def _append_blocks(self, row: int, blocks: Sequence[int]) -> None:
-        first = int(self._num_blocks[row])
+        first = self._num_blocks[row]
         if first + len(blocks) > self._blocks.shape[1]:
             raise ValueError(f"row {row} cannot hold {first + len(blocks)} blocks")
         self._blocks[row, first : first + len(blocks)] = blocks
@@ -257,7 +283,7 @@ class Rows:
 
     def _place_drafts(self, scheduled: ScheduledRow) -> None:
         """Behind the row's tokens, of which they become part only as far as they are sampled."""
-        first = int(self._num_tokens[scheduled.row])
+        first = self._num_tokens[scheduled.row]
         if first + len(scheduled.drafts) > self._tokens.shape[1]:
             raise ValueError(f"row {scheduled.row} cannot hold {len(scheduled.drafts)} drafts")
         self._write(scheduled.row, first, np.array(scheduled.drafts, np.int32))
@@ -277,10 +303,3 @@ class Rows:
         output = self._tokens[row, self._num_prompt_tokens[row] : num_tokens]
         banned = np.array(limits.banned_after(output), np.int64)
         return Limits(index, bitmask, limits.allowed, banned, limits.biased, limits.bias)
-
-
-def _times_before(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each of `rows`, the same ones beside each other, has come before: 5 5 5 2 7 7 -> 0 1 2 0 0 1."""
-    places = np.arange(len(rows))
-    begins = np.diff(rows, prepend=-1) != 0
-    return places - np.maximum.accumulate(np.where(begins, places, 0))

@@ -72,14 +72,16 @@ class SamplingInputs:
         return np.flatnonzero((self.repetition != 1.0) | (self.presence != 0.0) | (self.frequency != 0.0))
 
 
-def sample(logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
+def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
     """One token id for each row of `logits` [S, V] float32 (overwritten), int64 [S]; -1 where a row is not finite or
-    its limits leave nothing to draw.
+    its limits leave nothing to draw. None: every row is greedy, with neither limits nor penalties.
 
     Order: limits (grammar, allowed, banned, bias), then as transformers: penalties, temperature, top_k, top_p, min_p,
     draw. Equal logits: the lowest id first.
     """
-    finite = torch.isfinite(logits.amin(dim=-1)) & torch.isfinite(logits.amax(dim=-1))
+    if inputs is None:
+        return greedy(logits)
+    finite = _are_finite(logits)
     for limits in inputs.limits:
         limit(logits[limits.index], limits)
         finite[limits.index] &= logits[limits.index].amax() > -torch.inf
@@ -92,6 +94,16 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
         rows = drawn[first : first + slice_rows]
         chosen[torch.from_numpy(rows).to(logits.device)] = draw(logits, inputs, rows)
     return torch.where(finite, chosen, -1)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the largest of each row [S, V], -1 where not all are finite; int64 [S]."""
+    return torch.where(_are_finite(logits), argmax(logits), -1)
+
+
+def _are_finite(logits: torch.Tensor) -> torch.Tensor:
+    """Which rows of [S, V] are finite everywhere; bool [S]."""
+    return torch.isfinite(logits.amin(dim=-1)) & torch.isfinite(logits.amax(dim=-1))
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -167,7 +167,7 @@ class Ops(Protocol):
         """x [S, in] -> [S, out] float32."""
         ...
 
-    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+    def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
         """See `model.sampler.sample`."""
         ...
 

@@ -132,7 +132,7 @@ def test_behind_drafts_a_row_samples_as_if_they_were_its_tokens() -> None:
 
     assert drafted.accepted([31, 41, 9, 21, 50]) == [0, 1, 3, 4]
     places = rows.feed(drafted.sampled_rows, torch.tensor([31, 41, 9, 21, 50]))
-    rows.learn([1, 1, 0, 0], places[[0, 1, 3, 4]], [31, 41, 21, 50])
+    rows.learn([1, 1, 0, 0], [places[i] for i in (0, 1, 3, 4)], [31, 41, 21, 50])
     after = run(rows, ForwardBatch(2, [ScheduledRow(1, 5, 1, sample=True), ScheduledRow(0, 5, 1, sample=True)]))
     assert after.token_ids.tolist() == [41, 50]
     assert rows.sampling_inputs([1, 0]).position.tolist() == [6, 6]
@@ -183,6 +183,19 @@ def test_sampling_inputs_follow_the_order_of_the_batch() -> None:
     assert inputs.penalised.tolist() == [0]
     assert (tokens_of(inputs, 0), inputs.num_prompt_tokens[0]) == ([7, 8, 9], 2)
     assert (inputs.repetition[0], inputs.presence[0], inputs.frequency[0]) == (1.5, 0.0, 0.25)
+
+
+def test_rows_that_are_greedy_and_nothing_else_need_no_parameters() -> None:
+    rows = Rows(max_num_seqs=4, max_model_len=64)
+    asked: list[dict[str, Any]] = [{}, {"logprobs": 3}, {"min_tokens": 2}, {"presence_penalty": 0.5}]
+    new = [new_row(row, [5], temperature=0.0, **asked[row]) for row in range(4)]
+    run(rows, ForwardBatch(0, [ScheduledRow(row, 0, 1, [row], sample=True) for row in range(4)], new))
+    assert rows.sampling_inputs([0, 1]) is None
+    assert rows.sampling_inputs([0, 2]) is not None
+    assert rows.sampling_inputs([3, 1]) is not None
+    assert rows.sampling_inputs([0, 1], {1: b"x"}) is not None
+    run(rows, ForwardBatch(1, [ScheduledRow(0, 0, 1, [0], sample=True)], [new_row(0, [5])], released_rows=[0]))
+    assert rows.sampling_inputs([0]) is not None
 
 
 def drawable(rows: Rows, row: int, **bitmasks: bytes) -> set[int]:

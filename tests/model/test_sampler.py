@@ -23,7 +23,7 @@ from model.sampler import (
 )
 
 
-def sample(logits: torch.Tensor, inputs: SamplingInputs) -> list[int]:
+def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> list[int]:
     tokens: list[int] = sampler.sample(logits, inputs).tolist()
     return tokens
 
@@ -368,3 +368,13 @@ def test_truncation_and_penalties_agree_with_transformers() -> None:
         ours = oracle_probabilities(logits[0].numpy(), row)
         assert np.array_equal(theirs > 0, ours > 0)
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_greedy_rows_without_parameters_are_chosen_as_with_them() -> None:
+    logits = torch.randn((6, 3000), generator=torch.Generator().manual_seed(5)).round()
+    logits[1, 7] = torch.nan
+    logits[2, 8] = -torch.inf
+    logits[4, 9] = torch.inf
+    expected = sample(logits.clone(), inputs_of([{"temperature": 0.0}] * 6))
+    assert [token_id == -1 for token_id in expected] == [False, True, True, False, True, False]
+    assert sample(logits, None) == expected

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.ops.cpu.build import LIBRARY, X86_64
 
-ABI = 2
+ABI = 3
 """LATENTD_ABI of the library that this file describes."""
 
 ISAS = (*X86_64, "portable")
@@ -76,6 +76,7 @@ SIGNATURES = {
     "rms_norm": "n pipfripi",
     "gather": "n pprip",
     "rotation": "n ppfripp",
+    "argmax": "n piip",
     "rope_and_cache": "n pipipfppppii",
     "attention_workspace": "s p",
     "attention": "n pipiipiippppw",
@@ -109,6 +110,7 @@ class Library:
         self._rms_norm = functions["rms_norm"]
         self._gather = functions["gather"]
         self._rotation = functions["rotation"]
+        self._argmax = functions["argmax"]
         self._rope_and_cache = functions["rope_and_cache"]
         self._attention = functions["attention"]
         self._router = functions["router"]
@@ -175,6 +177,10 @@ class Library:
             *(positions.data_ptr(), frequencies.data_ptr(), amplitude, *cosines.shape),
             *(cosines.data_ptr(), sines.data_ptr()),
         )
+
+    def argmax(self, x: Tensor, chosen: Tensor) -> None:
+        """x [M, N] float32, contiguous; chosen [M] int64: the first of the largest, -1 where not all are finite."""
+        self._argmax(x.data_ptr(), *x.shape, chosen.data_ptr())
 
     def rope_and_cache(
         self,

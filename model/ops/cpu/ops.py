@@ -112,8 +112,12 @@ class CpuOps:
         self._library.linear(weight.format, x, weight.data, y)
         return y
 
-    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
-        return sample(logits, inputs)
+    def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
+        if inputs is not None:
+            return sample(logits, inputs)
+        chosen = torch.empty(len(logits), dtype=torch.int64)
+        self._library.argmax(logits, chosen)
+        return chosen
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         y = self._library.empty((len(index), table.shape[1]), dtype=torch.bfloat16)

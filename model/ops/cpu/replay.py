@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from enum import IntEnum, auto
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,24 +214,12 @@ def _argument(word: Word) -> Argument:
 
 
 class StepRows:
-    """What the kernels know of a step's rows, and the tensors that it points to."""
+    """What the kernels know of a step's rows, and what that points to."""
 
     def __init__(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> None:
-        self._kept = (
-            np.array(step.query_start, np.int32),
-            np.array(step.context_lens, np.int32),
-            step.block_tables,
-            cache.data,
-        )
-        query_start, context_lens, block_tables, data = self._kept
+        self.cache = cache
         self.shape = AttentionShape(
-            rows=step.num_rows,
-            tokens=step.num_tokens,
-            query_start=query_start.ctypes.data,
-            context_lens=context_lens.ctypes.data,
-            block_tables=block_tables.data_ptr(),
-            max_blocks=block_tables.shape[1],
-            cache=data.data_ptr(),
+            cache=cache.data.data_ptr(),
             layers=cache.num_layers,
             block_size=BLOCK_SIZE,
             heads=config.num_attention_heads,
@@ -241,10 +229,29 @@ class StepRows:
             value=config.v_head_dim,
             scale=config.softmax_scale,
         )
+        self.take(step)
+
+    def take(self, step: StepInputs) -> None:
+        """Another step over the same cache."""
+        self._kept = query_start, context_lens, block_tables = (
+            array("i", step.query_start),
+            array("i", step.context_lens),
+            step.block_tables,
+        )
+        shape = self.shape
+        shape.rows, shape.max_blocks = block_tables.shape
+        shape.tokens = step.num_tokens
+        shape.query_start = query_start.buffer_info()[0]
+        shape.context_lens = context_lens.buffer_info()[0]
+        shape.block_tables = block_tables.data_ptr()
 
 
 class Replay:
-    """The recorded network, as `Network`. Its outputs are overwritten by its next call."""
+    """The recorded network, as `Network`. Its outputs are overwritten by its next call.
+
+    Between two steps of one size nothing is made anew: what a step needs beside the network is what one stream waits
+    for, and all that it touches has to come back into the processor's caches, where the weights have just been.
+    """
 
     def __init__(self, library: Library, recording: Recording, config: DeepseekConfig) -> None:
         self._recording, self._config = recording, config
@@ -252,40 +259,57 @@ class Replay:
         handles = [library.functions["function"](name.encode()) for name in recording.names]
         assert None not in handles, recording.names[handles.index(None)]
         self._handles = (ctypes.c_void_p * len(handles))(*handles)
-        self._bases = np.zeros((len(Base), 2), np.int64)
+        self._bases = (ctypes.c_int64 * (2 * len(Base)))()
+        """An address and a number of rows of each."""
         self._memory = dict.fromkeys((Base.TOKENS, Base.SAMPLES), torch.empty(0, dtype=torch.uint8))
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._rows: StepRows | None = None
+        self._size = (0, 0)
+        """T and S of the last step."""
+        self._outputs = (torch.empty(0), torch.empty(0))
 
     def __call__(self, inputs: StepInputs, cache: LatentCache) -> tuple[Tensor, Tensor]:
-        rows = StepRows(inputs, cache, self._config)
-        tokens, samples = inputs.num_tokens, len(inputs.sample_index)
-        self._bases[Base.TOKENS] = self._grown(Base.TOKENS, tokens), tokens
-        self._bases[Base.SAMPLES] = self._grown(Base.SAMPLES, samples), samples
-        self._bases[Base.NUM_TOKENS :, 0] = (
-            *(tokens, samples, self._workspace.data_ptr(), ctypes.addressof(rows.shape)),
-            *(inputs.token_ids.data_ptr(), inputs.positions.data_ptr()),
-            *(inputs.slot_mapping.data_ptr(), inputs.sample_index.data_ptr()),
-        )
+        if self._rows is None or self._rows.cache is not cache:
+            self._rows = StepRows(inputs, cache, self._config)
+        else:
+            self._rows.take(inputs)
+        tokens, samples = size = inputs.num_tokens, inputs.sample_index.numel()
+        if size != self._size:
+            self._resize(tokens, samples)
+        addresses = {
+            Base.TOKEN_IDS: inputs.token_ids.data_ptr(),
+            Base.POSITIONS: inputs.positions.data_ptr(),
+            Base.SLOT_MAPPING: inputs.slot_mapping.data_ptr(),
+            Base.SAMPLE_INDEX: inputs.sample_index.data_ptr(),
+            Base.SHAPE: ctypes.addressof(self._rows.shape),
+        }
+        for base, address in addresses.items():
+            self._bases[2 * base] = address
         while needed := self._replayed():
             self._workspace = torch.empty(needed, dtype=torch.uint8)
-            self._bases[Base.WORKSPACE, 0] = self._workspace.data_ptr()
-        return self._output(self._recording.hidden, tokens), self._output(self._recording.logits, samples)
+            self._bases[2 * Base.WORKSPACE] = self._workspace.data_ptr()
+        return self._outputs
 
     def _replayed(self) -> int:
         """0, or how much workspace is needed to do it."""
         recording = self._recording
         needed: int = self._replay(
             *(self._handles, recording.sizes, len(self._handles), recording.arguments),
-            *(self._bases.ctypes.data, self._workspace.nbytes),
+            *(ctypes.addressof(self._bases), self._workspace.nbytes),
         )
         return needed
 
-    def _grown(self, base: Base, rows: int) -> int:
-        """The address of so many rows' memory; kept, since the next step needs as much."""
-        size = rows * self._recording.row_bytes[base]
-        if self._memory[base].nbytes < size:
-            self._memory[base] = torch.empty(size, dtype=torch.uint8)
-        return self._memory[base].data_ptr()
+    def _resize(self, tokens: int, samples: int) -> None:
+        """For steps of so many T and S."""
+        self._size = tokens, samples
+        for base, rows in ((Base.TOKENS, tokens), (Base.SAMPLES, samples)):
+            size = rows * self._recording.row_bytes[base]
+            if self._memory[base].nbytes < size:
+                self._memory[base] = torch.empty(size, dtype=torch.uint8)
+            self._bases[2 * base : 2 * base + 2] = [self._memory[base].data_ptr(), rows]
+        self._bases[2 * Base.NUM_TOKENS] = tokens
+        self._bases[2 * Base.NUM_SAMPLES] = samples
+        self._outputs = self._output(self._recording.hidden, tokens), self._output(self._recording.logits, samples)
 
     def _output(self, buffer: Buffer, rows: int) -> Tensor:
         start = rows * buffer.offset

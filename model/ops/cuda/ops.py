@@ -31,7 +31,7 @@ from model.ops.interface import (
     unpacked,
 )
 from model.rotary import Rotation, rotation
-from model.sampler import SamplingInputs
+from model.sampler import SamplingInputs, greedy
 
 
 class CudaOps:
@@ -79,8 +79,8 @@ class CudaOps:
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         return F.linear(x, unpacked(weight)).float()
 
-    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
-        return sample(logits, inputs)
+    def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
+        return greedy(logits) if inputs is None else sample(logits, inputs)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         return table[index]

@@ -57,7 +57,7 @@ class EagerOps:
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
         return F.linear(x, unpacked(weight)).float()
 
-    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+    def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
         return sample(logits, inputs)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:

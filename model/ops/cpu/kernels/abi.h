@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // all else stays inside the library
 
-#define LATENTD_ABI 2
+#define LATENTD_ABI 3
 
 typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2 } latentd_format;
 
@@ -40,6 +40,9 @@ void latentd_gather(const uint16_t* table, const int64_t* index, int64_t m, int6
 // cosines and sines [M, pairs] of positions [M] times frequencies [pairs], times amplitude.
 void latentd_rotation(const int64_t* positions, const float* frequencies, float amplitude, int64_t m, int64_t pairs,
                       float* cosines, float* sines);
+
+// The index [M] of the largest of each row of x [M, N], N > 0, the first of equal ones; -1 where not all are finite.
+void latentd_argmax(const float* x, int64_t m, int64_t n, int64_t* chosen);
 
 // What a layer's attention of one step needs to know of the rows and of the cache.
 typedef struct {

@@ -1,6 +1,7 @@
 // Compiled once for every instruction set, with ISA as the namespace of all it contains.
 #include "kernels.h"
 
+#include "argmax.h"
 #include "attention.h"
 #include "linear.h"
 #include "moe.h"
@@ -16,6 +17,7 @@ const latentd::Kernels kernels = {
     .rms_norm = rms_norm,
     .gather = gather,
     .rotation = rotation,
+    .argmax = argmax,
     .rope_and_cache = rope_and_cache,
     .attention_workspace = attention_workspace,
     .attention = attention,

@@ -12,6 +12,7 @@ struct Kernels {
     decltype(&latentd_rms_norm) rms_norm;
     decltype(&latentd_gather) gather;
     decltype(&latentd_rotation) rotation;
+    decltype(&latentd_argmax) argmax;
     decltype(&latentd_rope_and_cache) rope_and_cache;
     decltype(&latentd_attention_workspace) attention_workspace;
     decltype(&latentd_attention) attention;

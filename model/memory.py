@@ -15,8 +15,8 @@ from model.config import CheckpointError, DeepseekConfig, expected_tensors
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 """By what `--quantization` asks for."""
-_SCALE_BITS = 0.5
-"""Of a weight: 32 share a scale of 16."""
+_SCALE_BITS = 0.25
+"""Of a weight: 64 share a scale of 16."""
 LONG_CONTEXT = 131_072
 """Tokens of a 128K request."""
 

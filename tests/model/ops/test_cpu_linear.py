@@ -11,7 +11,7 @@ from torch import Tensor
 from model.ops.cpu import library as binding
 from model.ops.cpu.library import ISAS, Format, Library
 
-GROUP, PANEL = 32, 64
+GROUP, PANEL = 64, 64
 SHAPES = [
     (1, 64, 32),
     (1, 1, 64),
@@ -23,7 +23,7 @@ SHAPES = [
     (131, 130, 192),
     (3, 1217, 96),
 ]
-"""M, N, K: every number of rows that a tile can have left, incomplete panels, incomplete blocks of k, several panels to
+"""M, N, K: every number of rows that a tile can have left, incomplete panels, groups and blocks of k, several panels to
 a job."""
 
 
@@ -49,24 +49,27 @@ def unpack(format: Format, packed: Tensor, n: int, k: int) -> Tensor:
     if format is Format.BF16:
         pairs = packed.view(torch.bfloat16).view(panels, k // 2, PANEL, 2)
         return pairs.permute(0, 2, 1, 3).reshape(panels * PANEL, k)[:n].float()
-    groups = packed.view(panels, k // GROUP, -1)
+    number = -(-k // GROUP)
+    groups = packed.view(panels, number, -1)
     scales = groups[..., -2 * PANEL :].contiguous().view(torch.bfloat16).float()
     numbers = groups[..., : -2 * PANEL]
     if format is Format.INT4:
-        numbers = numbers.view(panels, k // GROUP, 4, 1, PANEL, 4)
+        numbers = numbers.view(panels, number, GROUP // 8, 1, PANEL, 4)
         numbers = torch.cat((numbers & 15, numbers >> 4), dim=3)
     zero = 128 if format is Format.INT8 else 8
-    counted = numbers.reshape(panels, k // GROUP, 8, PANEL, 4).float() - zero
+    counted = numbers.reshape(panels, number, GROUP // 4, PANEL, 4).float() - zero
     values = counted * scales[:, :, None, :, None]
-    return values.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, k)[:n]
+    return values.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, number * GROUP)[:n, :k]
 
 
 def whole_numbers(m: int, k: int, seed: int) -> Tensor:
     """Activations that are the same as int8: whole numbers, up to 127 in every group, times a power of two."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(-127, 128, (m, k // GROUP, GROUP), generator=generator)
+    groups = -(-k // GROUP)
+    numbers = torch.randint(-127, 128, (m, groups, GROUP), generator=generator)
     numbers[..., 7] = 127
-    return (numbers * 2.0 ** torch.randint(-9, 2, (m, k // GROUP, 1), generator=generator)).view(m, k).bfloat16()
+    scales = 2.0 ** torch.randint(-9, 2, (m, groups, 1), generator=generator)
+    return (numbers * scales).view(m, -1)[:, :k].bfloat16().contiguous()
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -85,7 +88,7 @@ def test_product_is_that_of_what_was_packed(kernels: Library, format: Format, m:
     assert relative_error(linear(kernels, format, x, packed, n), expected) < 2e-6
 
 
-@pytest.mark.parametrize(("format", "bound"), [(Format.INT8, 0.009), (Format.INT4, 0.085)])
+@pytest.mark.parametrize(("format", "bound"), [(Format.INT8, 0.009), (Format.INT4, 0.093)])
 def test_quantised_product_is_near(kernels: Library, format: Format, bound: float) -> None:
     x, weight = randn(64, 512, seed=3), randn(128, 512, seed=4) * 0.02
     expected = x.float() @ weight.float().T
@@ -155,7 +158,7 @@ def test_groups_of_zeros_of_tiny_numbers_and_with_nan(kernels: Library, format: 
     assert relative_error(meant[:, tiny], weight[:, tiny].float()) < 0.1
     weight[3, 70] = torch.nan
     meant = unpack(format, pack(kernels, format, weight), *weight.shape)
-    assert meant[3, 64:96].isnan().all()
+    assert meant[3, GROUP : 2 * GROUP].isnan().all()
     assert int(meant.isnan().sum()) == GROUP
 
 
@@ -170,7 +173,7 @@ def test_packing_is_the_same_on_every_instruction_set(format: Format) -> None:
         if library.use_isa(isa):
             other = unpack(format, pack(library, format, weight), *weight.shape)
             # The order of a sum may tip the choice between two scales that fit equally well, nothing more.
-            assert float((other != expected).float().mean()) < 0.01, isa
+            assert float((other != expected).float().mean()) < 0.02, isa
     assert library.use_isa(best)
 
 

@@ -53,9 +53,10 @@ inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void
     const void* rows = x;
     int64_t row_bytes = ldx * 2;
     if (format != LATENTD_BF16) {
-        QuantisedGroup* quantised = quantised_rows(m * (k / GROUP));
+        QuantisedGroup* quantised = quantised_rows(m * latentd::groups(k));
+        int zero = latentd::zero_of(format);
         latentd::parallel_ranges(m, latentd::SMALL_ROWS, [=](int64_t row, int64_t stop) {
-            for (; row < stop; row++) quantise(x + row * ldx, k, quantised + row * (k / GROUP));
+            for (; row < stop; row++) quantise(x + row * ldx, k, zero, quantised + row * latentd::groups(k));
         });
         rows = quantised;
         row_bytes = activation_bytes(format, k);

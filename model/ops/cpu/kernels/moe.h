@@ -47,7 +47,7 @@ struct MoeLayout {
         places = take(pairs * int64_t(sizeof(int32_t)));
         tokens = take(pairs * int64_t(sizeof(int32_t)));
         weights = take(pairs * int64_t(sizeof(float)));
-        rows = take(pairs * activation_bytes(LATENTD_BF16, shape.d));
+        rows = take(pairs * activation_bytes(LATENTD_BF16, panels(shape.d) * PANEL));
         hidden = take(shape.tokens * activation_bytes(LATENTD_BF16, hidden_numbers * PANEL));
         sums = take(shape.tokens * panels(shape.d) * PANEL * int64_t(sizeof(float)));
     }
@@ -226,7 +226,7 @@ private:
     // Parts of whole groups of a row stand for themselves: they may be written one by one.
     void encode(const bf16* x, int64_t k, char* row) const {
         if (format == LATENTD_BF16) memcpy(row, x, size_t(2 * k));
-        else quantise(x, k, reinterpret_cast<QuantisedGroup*>(row));
+        else quantise(x, k, latentd::zero_of(format), reinterpret_cast<QuantisedGroup*>(row));
     }
 
     int64_t column_jobs(const Expert& expert) const { return (panels(expert.width) + job_panels - 1) / job_panels; }

@@ -76,24 +76,24 @@ LATENTD_INLINE Float int4_scale(const GroupOfRows& group) {
     return largest == largest ? best.scale : largest;
 }
 
-// Rows [first, first + LANES) of a panel, those from `rows` on are 0.
-LATENTD_INLINE GroupOfRows read_group(const bf16* weight, int64_t rows, int64_t k, int64_t first) {
+// Rows [first, first + LANES) of a panel; those from `rows` on are 0, and so are numbers from `count` on.
+LATENTD_INLINE GroupOfRows read_group(const bf16* weight, int64_t rows, int64_t k, int64_t count, int64_t first) {
     float lines[GROUP][LANES] = {};
     for (int64_t row = first; row < first + LANES && row < rows; row++)
-        for (int64_t i = 0; i < GROUP; i++) lines[i][row - first] = to_float(weight[row * k + i]);
+        for (int64_t i = 0; i < count; i++) lines[i][row - first] = to_float(weight[row * k + i]);
     GroupOfRows group;
     for (int64_t i = 0; i < GROUP; i++) group.values[i] = load(lines[i]);
     return group;
 }
 
 template <latentd_format FORMAT>
-inline void pack_group(const bf16* weight, int64_t rows, int64_t k, uint8_t* to) {
+inline void pack_group(const bf16* weight, int64_t rows, int64_t k, int64_t count, uint8_t* to) {
     constexpr bool HALVES = FORMAT == LATENTD_INT4;
     constexpr float ZERO = latentd::zero_of(FORMAT);
     constexpr float LOWEST = HALVES ? -8.0f : -127.0f, HIGHEST = HALVES ? 7.0f : 127.0f;
     bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(FORMAT));
     for (int64_t first = 0; first < PANEL; first += LANES) {
-        GroupOfRows group = read_group(weight, rows, k, first);
+        GroupOfRows group = read_group(weight, rows, k, count, first);
         Float scale = HALVES ? int4_scale(group) : magnitude(extreme(group)) * splat(1.0f / 127.0f);
         scale = as_bf16(scale);
         store(scales + first, scale);
@@ -139,8 +139,9 @@ inline void pack(latentd_format format, const bf16* weight, int64_t n, int64_t k
         int64_t rows = n - panel * PANEL < PANEL ? n - panel * PANEL : PANEL;
         if (format == LATENTD_BF16) return pack_pairs(from, rows, k, reinterpret_cast<bf16*>(to));
         for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(format)) {
-            if (format == LATENTD_INT8) pack_group<LATENTD_INT8>(from + i, rows, k, to);
-            else pack_group<LATENTD_INT4>(from + i, rows, k, to);
+            int64_t count = k - i < GROUP ? k - i : GROUP;
+            if (format == LATENTD_INT8) pack_group<LATENTD_INT8>(from + i, rows, k, count, to);
+            else pack_group<LATENTD_INT4>(from + i, rows, k, count, to);
         }
     });
 }

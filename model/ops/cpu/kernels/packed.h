@@ -2,10 +2,10 @@
 //
 // A panel of a weight [N, K] is, of
 //   bf16: [K / 2][64][2] bf16, pairs of consecutive k beside each other;
-//   int8: for every group of 32 k, [8][64][4] bytes, w / scale + 128 of four consecutive k, then 64 bf16 scales;
-//   int4: for every group of 32 k, [4][64][4] bytes, the i-th of whose low halves are w / scale + 8 of the k in
+//   int8: for every group of 64 k, [16][64][4] bytes, w / scale + 128 of four consecutive k, then 64 bf16 scales;
+//   int4: for every group of 64 k, [8][64][4] bytes, the i-th of whose low halves are w / scale + 8 of the k in
 //         [8 i, 8 i + 4), and whose high halves are those of the next four k; then 64 bf16 scales.
-// Weights are unsigned because the instruction for bytes wants one side to be.
+// The last group is filled up with weights of 0. Weights are unsigned because the instruction for bytes wants one side to be.
 #pragma once
 
 #include "abi.h"
@@ -13,7 +13,7 @@
 namespace latentd {
 
 constexpr int64_t PANEL = 64;
-constexpr int64_t GROUP = 32;
+constexpr int64_t GROUP = 64;
 
 // The number of a group that stands for 0.
 constexpr int32_t zero_of(latentd_format format) { return format == LATENTD_INT8 ? 128 : 8; }
@@ -22,9 +22,10 @@ constexpr int32_t zero_of(latentd_format format) { return format == LATENTD_INT8
 constexpr int64_t weight_bytes(latentd_format format) { return PANEL * GROUP / (format == LATENTD_INT8 ? 1 : 2); }
 constexpr int64_t group_bytes(latentd_format format) { return weight_bytes(format) + PANEL * 2; }
 
+constexpr int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }
 constexpr int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
 constexpr int64_t panel_bytes(latentd_format format, int64_t k) {
-    return format == LATENTD_BF16 ? k * PANEL * 2 : k / GROUP * group_bytes(format);
+    return format == LATENTD_BF16 ? k * PANEL * 2 : groups(k) * group_bytes(format);
 }
 
 // How many neighbouring panels of `size` bytes, out of `all`, a job takes where it reads them but once: memory is read

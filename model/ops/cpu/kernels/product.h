@@ -1,7 +1,7 @@
 // C = A B of rows of activations with one panel of a packed weight, whatever its format.
 //
 // bf16 weights take bf16 activations as they are. int8 and int4 weights take activations that are quantised too, each
-// group of 32 with a scale of its own, so that the sum over a group is one of whole numbers, and exact. The sum over k
+// group of 64 with a scale of its own, so that the sum over a group is one of whole numbers, and exact. The sum over k
 // runs in one order whatever the number of rows is: a row's result does not depend on which rows it is computed with.
 #pragma once
 
@@ -19,33 +19,32 @@ constexpr int64_t block_of(latentd_format format) { return format == LATENTD_BF1
 struct QuantisedGroup {
     int8_t values[GROUP];
     float scale;
-    int32_t sum;  // of the values: weights are counted from -zero on
+    int32_t start;  // of a sum: weights are counted from -zero on, so -zero times the sum of the values
 };
 
 // One row of activations as a format's product reads it.
 constexpr int64_t activation_bytes(latentd_format format, int64_t k) {
-    return format == LATENTD_BF16 ? 2 * k : k / GROUP * int64_t(sizeof(QuantisedGroup));
+    return format == LATENTD_BF16 ? 2 * k : latentd::groups(k) * int64_t(sizeof(QuantisedGroup));
 }
 
-// Where there is a NaN or an infinity the scale is one, and every sum that the group takes part in is NaN.
-inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
+// `zero` is what stands for a weight of 0. Where there is a NaN or an infinity the scale is one, and every sum that the group takes part in is NaN.
+inline void quantise(const bf16* x, int64_t k, int zero, QuantisedGroup* to) {
     for (; k > 0; k -= GROUP, x += GROUP, to++) {
         // Magnitudes compare as integers do, NaN above all.
+        int64_t count = k < GROUP ? k : GROUP;
         uint16_t best = 0;
-        for (int64_t i = 0; i < GROUP; i++) {
+        for (int64_t i = 0; i < count; i++) {
             uint16_t size = x[i] & 0x7fff;
             best = size > best ? size : best;
         }
         float largest = to_float(best);
         to->scale = largest / 127.0f;
-        if (best >= 0x7f80 || largest < 1e-30f) {  // only the scale says which
-            memset(to->values, 0, sizeof to->values);
-            to->sum = 0;
-            continue;
-        }
+        to->start = 0;
+        memset(to->values, 0, sizeof to->values);
+        if (best >= 0x7f80 || largest < 1e-30f) continue;  // only the scale says which
         float inverse = 127.0f / largest;
         Int sums = {};
-        for (int64_t i = 0; i < GROUP; i += LANES) {
+        for (int64_t i = 0; i < count; i += LANES) {
             Float value = load(x + i) * splat(inverse) + splat(12582912.0f);
             Int number = bits<Int>(value) - 0x4b400000;  // the low bits of that sum are the number
             sums += number;
@@ -53,17 +52,15 @@ inline void quantise(const bf16* x, int64_t k, QuantisedGroup* to) {
             Bytes narrow = __builtin_convertvector(number, Bytes);
             memcpy(to->values + i, &narrow, sizeof narrow);
         }
-        int32_t lanes[LANES], sum = 0;
+        int32_t lanes[LANES];
         memcpy(lanes, &sums, sizeof lanes);
-        for (int64_t lane = 0; lane < LANES; lane++) sum += lanes[lane];
-        to->sum = sum;
+        for (int64_t lane = 0; lane < LANES; lane++) to->start -= zero * lanes[lane];
     }
 }
 
-// Rows of A are lda groups apart. BYTES: a weight is a byte (of int8, or of int4 spread out), or half a one. `zero` is
-// what stands for a weight of 0.
+// Rows of A are lda groups apart. BYTES: a weight is a byte, or half a one.
 template <int ROWS, bool BYTES>
-LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
+LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups,
                                float* c, int64_t ldc, bool add, Ahead ahead) {
     constexpr int VECTORS = vectors_of(2 * ROWS);
     constexpr int64_t WEIGHTS = PANEL * GROUP / (BYTES ? 1 : 2);
@@ -76,7 +73,7 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
         for (int64_t group = 0; group < groups; group++, from += WEIGHTS + 2 * PANEL) {
             Int sum[ROWS][VECTORS];
             for (int row = 0; row < ROWS; row++)
-                for (int v = 0; v < VECTORS; v++) sum[row][v] = Int{} - a[row * lda + group].sum * zero;
+                for (int v = 0; v < VECTORS; v++) sum[row][v] = Int{} + a[row * lda + group].start;
             for (int64_t line = 0; line < WEIGHTS / (4 * PANEL); line++) {
                 ahead.fetch();
                 Uint read[VECTORS];
@@ -111,46 +108,30 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
 constexpr int GROUP_ROWS = TILE_ROWS * 2 / 3;
 
 template <bool BYTES>
-inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups, int zero,
+inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups,
                        float* c, int64_t ldc, bool add, Ahead ahead) {
     switch (rows) {
 #if defined(__AVX512F__)
-        case 6: group_rows<6, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 5: group_rows<5, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
+        case 6: group_rows<6, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 5: group_rows<5, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
 #endif
-        case 4: group_rows<4, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 3: group_rows<3, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 2: group_rows<2, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-        case 1: group_rows<1, BYTES>(a, lda, b, groups, zero, c, ldc, add, ahead); break;
-    }
-}
-
-// int4 groups as int8 ones, but that 8 stands for 0.
-inline void spread_halves(const uint8_t* from, int64_t groups, uint8_t* to) {
-    for (int64_t group = 0; group < groups; group++) {
-        for (int64_t line = 0; line < GROUP / 8; line++)
-            for (int64_t at = 0; at < 4 * PANEL; at += 4 * LANES, from += 4 * LANES) {
-                Uint both = load_as<Uint>(from), low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
-                memcpy(to + 2 * line * 4 * PANEL + at, &low, sizeof low);
-                memcpy(to + (2 * line + 1) * 4 * PANEL + at, &high, sizeof high);
-            }
-        memcpy(to + PANEL * GROUP, from, 2 * PANEL);
-        from += 2 * PANEL;
-        to += latentd::group_bytes(LATENTD_INT8);
+        case 4: group_rows<4, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 3: group_rows<3, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 2: group_rows<2, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 1: group_rows<1, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
     }
 }
 
 // At most TILE_ROWS rows with the weights of `k` that begin at `b`.
-inline void block_product(latentd_format format, bool bytes, int64_t rows, const char* a, int64_t lda, const uint8_t* b,
+inline void block_product(latentd_format format, int64_t rows, const char* a, int64_t lda, const uint8_t* b,
                           int64_t k, float* c, int64_t ldc, bool add, Ahead ahead) {
     if (format == LATENTD_BF16)
         return tile(rows, reinterpret_cast<const bf16*>(a), lda / 2, reinterpret_cast<const bf16*>(b), k / 2, c, ldc,
                     add, ahead);
     const QuantisedGroup* groups = reinterpret_cast<const QuantisedGroup*>(a);
     int64_t stride = lda / int64_t(sizeof(QuantisedGroup));
-    int zero = latentd::zero_of(format);
-    if (bytes) group_tile<true>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
-    else group_tile<false>(rows, groups, stride, b, k / GROUP, zero, c, ldc, add, ahead);
+    if (format == LATENTD_INT8) group_tile<true>(rows, groups, stride, b, latentd::groups(k), c, ldc, add, ahead);
+    else group_tile<false>(rows, groups, stride, b, latentd::groups(k), c, ldc, add, ahead);
 }
 
 // Rows of A lie `lda` bytes apart, each activation_bytes long; those of C, 64 numbers each, ldc floats. `next`: the
@@ -164,9 +145,6 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
     const uint8_t* weights = static_cast<const uint8_t*>(panel);
     int64_t tile_rows = format == LATENTD_BF16 || rows <= TILE_ROWS ? TILE_ROWS : GROUP_ROWS;
     int64_t tiles = (rows + tile_rows - 1) / tile_rows, block = block_of(format);
-    // Halves are made bytes once for many rows.
-    bool spread = format == LATENTD_INT4 && tiles > 2, bytes = spread || format == LATENTD_INT8;
-    alignas(64) uint8_t spread_weights[block_of(LATENTD_INT4) / GROUP * latentd::group_bytes(LATENTD_INT8)];
     for (int64_t first = 0; first < k; first += block) {
         int64_t some = k - first < block ? k - first : block;
         const uint8_t* from = weights + latentd::panel_bytes(format, first);
@@ -174,17 +152,13 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
         const uint8_t* following = last ? static_cast<const uint8_t*>(next) : from + latentd::panel_bytes(format, some);
         int64_t left = last ? k : k - first - some;
         int64_t wanted = following ? latentd::panel_bytes(format, left < block ? left : block) / 64 : 0;  // in lines
-        int64_t steps = some / (format == LATENTD_BF16 ? 2 : bytes ? 4 : 8);
+        int64_t steps = format == LATENTD_BF16 ? some / 2 : latentd::groups(some) * (GROUP / (format == LATENTD_INT8 ? 4 : 8));
         int64_t fetching = tiles < 4 ? tiles : 4, lines = (wanted + steps * fetching - 1) / (steps * fetching);
-        if (spread) {
-            spread_halves(from, some / GROUP, spread_weights);
-            from = spread_weights;
-        }
         for (int64_t tile = 0, row = 0, count; tile < tiles; tile++, row += count) {
             count = (rows - row + tiles - tile - 1) / (tiles - tile);  // of about equal size
             int64_t fetched = tile * steps * lines;
             Ahead ahead = {following + 64 * fetched, fetched < wanted ? lines : 0};
-            block_product(format, bytes, count, activations + row * lda + activation_bytes(format, first), lda, from,
+            block_product(format, count, activations + row * lda + activation_bytes(format, first), lda, from,
                           some, c + row * ldc, ldc, first > 0, ahead);
         }
     }

@@ -50,6 +50,7 @@ LATENTD_INLINE void finish_row(const float* sums, int64_t columns, const bf16* b
 
 inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void* weight, int64_t m, int64_t n,
                    int64_t k, const bf16* bias, const bf16* residual, void* y, int64_t ldy, int y_is_float) {
+    const char* weights = static_cast<const char*>(weight);
     const void* rows = x;
     int64_t row_bytes = ldx * 2;
     if (format != LATENTD_BF16) {
@@ -73,9 +74,10 @@ inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void
         alignas(64) float sums[JOB_ROWS * PANEL];
         int64_t stop_panel = first_panel + job_panels < panels ? first_panel + job_panels : panels;
         for (int64_t panel = first_panel; panel < stop_panel; panel++) {
-            const char* from = static_cast<const char*>(weight) + panel * panel_bytes;
-            panel_product(format, some, static_cast<const char*>(rows) + first_row * row_bytes, row_bytes, from, k,
-                          sums, PANEL, panel + 1 < stop_panel ? from + panel_bytes : nullptr);
+            int64_t next = panel + 1 < stop_panel ? panel + 1 : latentd::likely_next(job) / row_jobs * job_panels;
+            panel_product(format, some, static_cast<const char*>(rows) + first_row * row_bytes, row_bytes,
+                          weights + panel * panel_bytes, k, sums, PANEL,
+                          next < panels ? weights + next * panel_bytes : nullptr);
             int64_t column = panel * PANEL, columns = n - column < PANEL ? n - column : PANEL;
             for (int64_t row = 0; row < some; row++) {
                 const bf16* row_bias = bias ? bias + column : nullptr;

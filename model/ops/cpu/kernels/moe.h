@@ -165,8 +165,12 @@ struct Moe {
             stop_panel = stop_panel < panels(expert.width) ? stop_panel : panels(expert.width);
             int64_t start = (job - expert.first_job) % ranges(expert) * ROWS_A_JOB;
             int64_t stop = start + ROWS_A_JOB < expert.rows ? start + ROWS_A_JOB : expert.rows;
-            for (int64_t panel = first_panel; panel < stop_panel; panel++)
-                hidden_panel(expert, panel, panel + 1 < stop_panel, start, stop);
+            int64_t next_job = jobs - 1 - latentd::likely_next(index);
+            const char* following = next_job >= 0 ? gate_of(next_job) : nullptr;
+            for (int64_t panel = first_panel; panel < stop_panel; panel++) {
+                const char* next = panel + 1 < stop_panel ? gate_panel(expert, panel + 1) : following;
+                hidden_panel(expert, panel, next, start, stop);
+            }
         });
     }
 
@@ -188,12 +192,14 @@ struct Moe {
             int64_t stop = start + size < shape.tokens ? start + size : shape.tokens;
             for (int64_t panel = first_panel; panel < stop_panel; panel++)
                 memset(sums + (panel * shape.tokens + start) * PANEL, 0, size_t((stop - start) * PANEL) * sizeof(float));
+            int64_t next_panel = latentd::likely_next(job) / token_ranges * some;
             for (int64_t index = 0; index < shape.all_experts(); index++) {
                 const Expert& expert = experts[index];
                 int64_t size = panel_bytes(format, expert.width);
                 for (int64_t panel = first_panel; panel < stop_panel; panel++) {
                     const char* from = expert.down + panel * size;
                     const char* next = panel + 1 < stop_panel ? from + size : next_down(index, first_panel);
+                    if (!next && next_panel < all) next = next_down(-1, next_panel);
                     add_expert(expert, from, next, start, stop, sums + panel * shape.tokens * PANEL);
                 }
             }
@@ -202,17 +208,24 @@ struct Moe {
     }
 
 private:
-    void hidden_panel(const Expert& expert, int64_t panel, bool another, int64_t start, int64_t stop) const {
-        const char* gate_panel = expert.gate_up + panel * panel_bytes(format, shape.d);
-        const char* up_panel = gate_panel + panels(expert.width) * panel_bytes(format, shape.d);
-        const char* next = another ? gate_panel + panel_bytes(format, shape.d) : nullptr;
+    const char* gate_panel(const Expert& expert, int64_t panel) const {
+        return expert.gate_up + panel * panel_bytes(format, shape.d);
+    }
+
+    // The first panel of a job of the first phase.
+    const char* gate_of(int64_t job) const {
+        const Expert& expert = expert_of(job);
+        return gate_panel(expert, (job - expert.first_job) / ranges(expert) * job_panels);
+    }
+
+    void hidden_panel(const Expert& expert, int64_t panel, const char* next, int64_t start, int64_t stop) const {
+        const char *gates = gate_panel(expert, panel), *ups = gates + panels(expert.width) * panel_bytes(format, shape.d);
         alignas(64) float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
         for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
             int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
             const char* from = rows + (expert.first + row) * row_bytes;
-            panel_product(format, count, from, row_bytes, gate_panel, shape.d, gate, PANEL,
-                          up_panel);
-            panel_product(format, count, from, row_bytes, up_panel, shape.d, up, PANEL, next);
+            panel_product(format, count, from, row_bytes, gates, shape.d, gate, PANEL, ups);
+            panel_product(format, count, from, row_bytes, ups, shape.d, up, PANEL, next);
             for (int64_t i = 0; i < count; i++) {
                 bf16 activated[PANEL];
                 for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)

@@ -25,6 +25,9 @@ inline void parallel_for(int64_t jobs, const Job& job) {
     for (int64_t index = 0; index < jobs; index++) job(index);
 }
 
+// The job of a region that this thread does after `job`, likely: where all jobs are alike, threads take them in turn.
+inline int64_t likely_next(int64_t job) { return job + num_threads; }
+
 // So few rows of cheap work are done by the caller alone: waking another thread would take longer.
 constexpr int64_t SMALL_ROWS = 16;
 

@@ -72,9 +72,9 @@ inline void attention(const latentd_attention_shape* shape, int64_t layer, const
                        nope_head_stride,
                        rope_token_stride,
                        rope_head_stride,
-                       HeadWeight(absorb, shape->rank, shape->nope),
-                       HeadWeight(expand, shape->nope, shape->rank),
-                       HeadWeight(value, shape->value, shape->rank),
+                       HeadWeight(absorb, shape->heads, shape->rank, shape->nope),
+                       HeadWeight(expand, shape->heads, shape->nope, shape->rank),
+                       HeadWeight(value, shape->heads, shape->value, shape->rank),
                        output};
     AbsorbedAttention absorbed(plan.rest, plan.capacity, *shape);
     int64_t row = 0;

@@ -86,6 +86,7 @@ private:
         int64_t first_head;              // of the span's first token, that of the first query
         int64_t first_key, stop_key;
         int64_t sum;                     // where the first query's goes
+        bool alone;                      // it is the only split: its results go to the place of the queries
     };
 
     // Where the sums of a token are: those of head h over split s at first + s * step + h.
@@ -107,7 +108,8 @@ private:
                                  query,
                                  first_key,
                                  smaller(first_key + span.split_keys, span.keys),
-                                 used + split * queries + query};
+                                 used + split * queries + query,
+                                 span.splits == 1};
         }
         return jobs;
     }
@@ -119,7 +121,8 @@ private:
         auto by_head = [&](auto work) {
             latentd::parallel_for(heads * parts, [&](int64_t index) {
                 int64_t first = index % parts * TOKENS_A_JOB;
-                (this->*work)(step, first_token, first, smaller(TOKENS_A_JOB, tokens - first), index / parts);
+                (this->*work)(step, first_token, first, smaller(TOKENS_A_JOB, tokens - first), index / parts,
+                              latentd::likely_next(index) / parts);
             });
         };
         by_head(&AbsorbedAttention::absorb);
@@ -130,15 +133,15 @@ private:
     }
 
     // Queries of one head become latent ones.
-    void absorb(const AttentionStep& step, int64_t first_token, int64_t first, int64_t count, int64_t head) {
+    void absorb(const AttentionStep& step, int64_t first_token, int64_t first, int64_t count, int64_t head,
+                int64_t next_head) {
         const auto& shape = step.shape;
         int64_t width = step.latent_width(), stride = shape.heads * width;
         bf16* latents = latents_ + first * stride + head * width;
         const bf16* queries = step.nope(first_token + first, head);
         float products[TOKENS_A_JOB * COLUMNS];
         for (int64_t column = 0; column < shape.rank; column += COLUMNS) {
-            tile(count, queries, step.nope_token_stride, step.absorb.rows(head, column), shape.nope / 2, products,
-                 COLUMNS, false);
+            step.absorb.multiply(head, column, queries, step.nope_token_stride, count, products, next_head);
             for (int64_t i = 0; i < count; i++)
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.rank - column), latents + i * stride + column);
         }
@@ -171,19 +174,35 @@ private:
             attend_page(group, page, width, key, count, values, step.scale(), scratch, next);
             page = next;
         }
+        if (job.alone) {
+            for (int64_t i = 0; i < job.queries; i++)
+                divide(group.sums + i * sum_width_, group.total[i], step.shape.rank,
+                       latents_ + (job.first_query + i) * width);
+            return;
+        }
         memcpy(peaks_ + job.sum, group.peak, size_t(job.queries) * sizeof(float));
         memcpy(totals_ + job.sum, group.total, size_t(job.queries) * sizeof(float));
     }
 
+    static void divide(const float* sums, float total, int64_t rank, bf16* latent) {
+        for (int64_t column = 0; column < rank; column += LANES) {
+            float result[LANES];
+            store(result, load(sums + column) / splat(total));
+            narrow(result, smaller(LANES, rank - column), latent + column);
+        }
+    }
+
     // The sums of one head over all keys, as latents in the place of the queries, then as values.
-    void finish(const AttentionStep& step, int64_t first_token, int64_t first, int64_t count, int64_t head) {
+    void finish(const AttentionStep& step, int64_t first_token, int64_t first, int64_t count, int64_t head,
+                int64_t next_head) {
         const auto& shape = step.shape;
         int64_t width = step.latent_width(), stride = shape.heads * width;
         bf16* latents = latents_ + first * stride + head * width;
-        for (int64_t i = 0; i < count; i++) merge(tokens_[first + i], head, shape.rank, latents + i * stride);
+        for (int64_t i = 0; i < count; i++)
+            if (tokens_[first + i].splits > 1) merge(tokens_[first + i], head, shape.rank, latents + i * stride);
         float products[TOKENS_A_JOB * COLUMNS];
         for (int64_t column = 0; column < shape.value; column += COLUMNS) {
-            tile(count, latents, stride, step.value.rows(head, column), shape.rank / 2, products, COLUMNS, false);
+            step.value.multiply(head, column, latents, stride, count, products, next_head);
             for (int64_t i = 0; i < count; i++)
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.value - column),
                        step.attended(first_token + first + i, head) + column);

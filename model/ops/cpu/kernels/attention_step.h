@@ -3,23 +3,32 @@
 
 #include "abi.h"
 #include "attention_page.h"
-#include "packed.h"
 #include "parallel.h"
+#include "product.h"
 
 namespace ISA {
 
 // The packed weights [n, k] of all heads, one behind the other.
 struct HeadWeight {
     const bf16* data;
-    int64_t panel, head;  // how many numbers each has
+    int64_t heads, n, k;
 
-    HeadWeight(const void* packed, int64_t n, int64_t k)
-        : data(static_cast<const bf16*>(packed)),
-          panel(latentd::panel_bytes(LATENTD_BF16, k) / int64_t(sizeof(bf16))),
-          head(latentd::panels(n) * panel) {}
+    HeadWeight(const void* packed, int64_t heads, int64_t n, int64_t k)
+        : data(static_cast<const bf16*>(packed)), heads(heads), n(n), k(k) {}
 
     // The panel of rows from `first` on, a multiple of 64.
-    const bf16* rows(int64_t of_head, int64_t first) const { return data + of_head * head + first / COLUMNS * panel; }
+    const bf16* rows(int64_t head, int64_t first) const {
+        return data + (head * latentd::panels(n) + first / COLUMNS) * (k * latentd::PANEL);
+    }
+
+    // Columns [first, first + 64) of some rows' product with a head's weight. x [count, k], rows ldx apart; product
+    // [count, 64]. After the head's last columns those of `next_head`, if there is one, are wanted.
+    void multiply(int64_t head, int64_t first, const bf16* x, int64_t ldx, int64_t count, float* product,
+                  int64_t next_head) const {
+        const bf16* next = first + COLUMNS < n ? rows(head, first + COLUMNS) : rows(next_head, 0);
+        panel_product(LATENTD_BF16, count, x, ldx * int64_t(sizeof(bf16)), rows(head, first), k, product, COLUMNS,
+                      next_head < heads ? next : nullptr);
+    }
 };
 
 struct AttentionStep {

@@ -80,11 +80,15 @@ LATENTD_INLINE bf16 to_bf16(float value) {
 }
 
 LATENTD_INLINE Half to_bf16(Float value) {
+#if defined(__AVX512BF16__)
+    return bits<Half>(_mm512_cvtneps_pbh(bits<__m512>(value)));  // numbers below 1.2e-38 become 0
+#else
     Uint wide = bits<Uint>(value);
     Uint rounded = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
     Int is_nan = bits<Int>((wide & 0x7fffffff) > 0x7f800000);
     rounded = is_nan ? (wide >> 16 | 0x40) : rounded;
     return __builtin_convertvector(rounded, Half);
+#endif
 }
 
 LATENTD_INLINE void store(bf16* to, Float value) {

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import math
-import mmap
 import os
 import statistics
 import subprocess
@@ -24,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.large_pages import LargePages
 from model.ops.cpu.build import compiler
 from model.ops.cpu.library import AttentionShape, Format, Library, library
 
@@ -68,18 +67,9 @@ def measure_limits(threads: int) -> Limits:
     return Limits(*figures)
 
 
-def large_pages(*shape: int) -> Tensor:
-    """Bytes in pages of 2 MB where the system has them, as packing asks for."""
-    size = math.prod(shape)
-    memory = mmap.mmap(-1, size + (2 << 20), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % (2 << 20)
-    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=size).view(shape)
-
-
 def packed(kernels: Library, format: Format, number: int, n: int, k: int) -> Tensor:
     """[number, bytes]: the same random weights, one behind the other."""
-    data = large_pages(number, kernels.packed_bytes(format, n, k))
+    data = LargePages().empty(number, kernels.packed_bytes(format, n, k))
     kernels.pack(format, (torch.randn(n, k) * 0.02).bfloat16(), data[0])
     data[1:] = data[0]
     return data

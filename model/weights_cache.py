@@ -11,22 +11,20 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import time
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
-import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, TensorInfo, read_header, read_metadata
 from model.config import CheckpointError
+from model.large_pages import LargePages
 from model.memory import in_gib
 from model.ops.interface import LinearWeight, PackedWeight
 
@@ -119,7 +117,11 @@ class WeightsCache:
         if len(entries) != len(tensors):
             raise CheckpointError(f"{self.file}: {len(tensors)} tensors, described are {len(entries)}")
         with self.file.open("rb") as stream, ThreadPoolExecutor(self._threads) as pool:
-            read = [pool.submit(_read_tensor, stream, *pair) for pair in zip(tensors, entries, strict=True)]
+            pages = LargePages()
+            read = [
+                pool.submit(_read_tensor, stream, tensor, entry, pages.empty(*tensor.shape))
+                for tensor, entry in zip(tensors, entries, strict=True)
+            ]
             weights = [future.result() for future in read]
         kept: dict[str, list[LinearWeight]] = {}
         for entry, weight in zip(entries, weights, strict=True):
@@ -153,8 +155,7 @@ class WeightsCache:
         os.fsync(stream.fileno())
 
 
-def _read_tensor(stream: BinaryIO, tensor: TensorInfo, entry: _Entry) -> PackedWeight:
-    data = _large_pages(tensor.nbytes).view(tensor.shape)
+def _read_tensor(stream: BinaryIO, tensor: TensorInfo, entry: _Entry, data: Tensor) -> PackedWeight:
     offset, checksum = tensor.start, entry.seed(tensor.shape)
     for piece in _pieces(data):
         if os.preadv(stream.fileno(), [piece], offset) != len(piece):
@@ -177,14 +178,6 @@ def _pieces(tensor: Tensor) -> list[memoryview]:
     """The bytes of a contiguous uint8 tensor, which fit in a core's caches one by one."""
     whole = memoryview(tensor.view(-1).numpy().data)
     return [whole[start : start + _PIECE_BYTES] for start in range(0, len(whole), _PIECE_BYTES)]
-
-
-def _large_pages(size: int) -> Tensor:
-    """[size] uint8, in pages of 2 MB where the system has them."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=size)
 
 
 def _sync(folder: Path) -> None:

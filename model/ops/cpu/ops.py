@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
+from model.large_pages import LargePages
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
 from model.ops.cpu.replay import Recorder, Replay, StepRows
@@ -49,6 +50,7 @@ class CpuOps:
         self.quantization = quantization
         self._format = _FORMATS[quantization]
         self._library = library
+        self._pages = LargePages()
         self._workspace = torch.empty(0, dtype=torch.uint8)
         library.set_threads(threads)
 
@@ -96,7 +98,7 @@ class CpuOps:
         """Room for so many weights of this shape."""
         out_features, in_features = weight.shape
         size = self._library.packed_bytes(format, out_features, in_features)
-        return PackedWeight(torch.empty((number, size), dtype=torch.uint8), format, out_features, in_features)
+        return PackedWeight(self._pages.empty(number, size), format, out_features, in_features)
 
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None

@@ -1,8 +1,6 @@
 // Weights [N, K] into panels, and the choice of scales. Done once, when a model is loaded.
 #pragma once
 
-#include <sys/mman.h>
-
 #include "packed.h"
 #include "parallel.h"
 #include "vector.h"
@@ -121,18 +119,7 @@ inline void pack_pairs(const bf16* weight, int64_t rows, int64_t k, bf16* to) {
     }
 }
 
-// Pages of 2 MB where the system has them: reading weights in ordinary ones is a third slower. Memory that has been
-// written already stays as it is.
-inline void want_large_pages(void* memory, size_t size) {
-#if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 4096;
-    uintptr_t start = (uintptr_t(memory) + PAGE - 1) / PAGE * PAGE, stop = (uintptr_t(memory) + size) / PAGE * PAGE;
-    if (stop > start) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#endif
-}
-
 inline void pack(latentd_format format, const bf16* weight, int64_t n, int64_t k, void* packed) {
-    want_large_pages(packed, size_t(latentd::panels(n) * latentd::panel_bytes(format, k)));
     latentd::parallel_for(latentd::panels(n), [=](int64_t panel) {
         const bf16* from = weight + panel * PANEL * k;
         uint8_t* to = static_cast<uint8_t*>(packed) + panel * latentd::panel_bytes(format, k);

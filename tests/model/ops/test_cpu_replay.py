@@ -47,12 +47,13 @@ class Pair:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_equal_to_single_calls(kind: str, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "quantization"), [(False, "none"), (True, "none"), (False, "int8"), (False, "int4"), (True, "int4")]
+)
+def test_equal_to_single_calls(kind: str, tied: bool, quantization: str, tmp_path: Path) -> None:
     """Prompts in chunks, beside rows that decode, tokens that see another row's blocks, and nothing that is sampled."""
-    pair = Pair(
-        by_kernels(make_checkpoint(tmp_path / "model", kind, tie_word_embeddings=tied, **KINDS[kind]), threads=1)
-    )
+    path = make_checkpoint(tmp_path / "model", kind, tie_word_embeddings=tied, **KINDS[kind])
+    pair = Pair(by_kernels(path, threads=1, quantization=quantization))
     first, second, third = (Row(random_tokens(n, 256, seed=n)) for n in (150, 70, 9))
     pair.step((first, 1))
     pair.step((first, 69), sampled=[])

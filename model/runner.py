@@ -22,6 +22,7 @@ from model.logprobs import SLICE_ROWS, score, together
 from model.memory import available_memory, in_gib, require_memory, weight_bytes_in, weights_in
 from model.ops.cpu.library import library
 from model.ops.cpu.ops import CpuOps, obstacle
+from model.ops.eager.linear import can_lay_out
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Ops
 from model.pool_size import ConfigError, size_pool
@@ -288,7 +289,7 @@ def _choose_ops(
         if (memory := shared_memory(device)) >= KERNEL_MEMORY:
             return CudaOps()
         logger.warning("no Triton kernels: they need %d bytes of shared memory, the GPU has %d", KERNEL_MEMORY, memory)
-    return EagerOps()
+    return EagerOps(onednn=can_lay_out(dtype, device))
 
 
 def _choose_dtype(dtype: str, file_dtype: str) -> str:

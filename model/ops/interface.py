@@ -31,7 +31,7 @@ class PackedWeight(NamedTuple):
     in_features: int
 
 
-LinearWeight = Tensor | PackedWeight
+LinearWeight = Tensor | PackedWeight | tuple[Tensor, ...]
 """[out, in], or several of them one behind the other: what `Ops.pack` made of a checkpoint's tensor."""
 
 

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import DeepseekConfig
-from model.ops.interface import Routing, SwigluWeights, unpacked
+from model.ops.eager.linear import linear
+from model.ops.interface import PackedWeight, Routing, SwigluWeights, unpacked
 
 
 def mlp(x: Tensor, weights: SwigluWeights) -> Tensor:
-    gate, up = F.linear(x, unpacked(weights.gate_up)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, unpacked(weights.down))
+    gate, up = linear(x, unpacked(weights.gate_up)).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, unpacked(weights.down))
 
 
 def router(x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
@@ -49,19 +50,21 @@ def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeigh
 
     A token's experts are summed in the router's order in float32, so that the sum does not depend on its neighbours.
     """
-    gate_up, down = unpacked(experts.gate_up), unpacked(experts.down)
+    gate_up, down = experts.gate_up, experts.down
+    assert not isinstance(gate_up, PackedWeight)
+    assert not isinstance(down, PackedWeight)
     num_tokens, per_token = routing.experts.shape
     chosen, order = routing.experts.flatten().sort()
     pairs = x[order // per_token]
-    counts = torch.bincount(chosen, minlength=gate_up.shape[0]).tolist()
+    counts = torch.bincount(chosen, minlength=len(gate_up)).tolist()
     outputs = torch.empty_like(pairs)
     start = 0
     for expert, count in enumerate(counts):
         if count == 0:
             continue
         stop = start + count
-        gate, up = F.linear(pairs[start:stop], gate_up[expert]).chunk(2, dim=-1)
-        torch.mm(F.silu(gate) * up, down[expert].t(), out=outputs[start:stop])
+        gate, up = linear(pairs[start:stop], gate_up[expert]).chunk(2, dim=-1)
+        outputs[start:stop] = linear(F.silu(gate) * up, down[expert])
         start = stop
     by_token = torch.empty_like(outputs)
     by_token[order] = outputs

@@ -13,6 +13,7 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager.attention import EagerAttention
 from model.ops.eager.experts import mlp, moe, router
+from model.ops.eager.linear import lay_out, linear
 from model.ops.interface import (
     LatentWeights,
     LinearWeight,
@@ -29,18 +30,25 @@ from model.sampler import SamplingInputs, sample
 
 
 class EagerOps:
-    name = "eager"
     quantization = "none"
     packing = None
 
+    def __init__(self, onednn: bool = False) -> None:
+        """`onednn`: linear weights and experts in oneDNN's layout (see `linear.py`)."""
+        self.name = "onednn" if onednn else "eager"
+        self._onednn = onednn
+
     def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
-        return weight
+        return lay_out(weight) if self._onednn else weight
 
     def pack_swiglu(self, mlp: Mlp) -> SwigluWeights:
-        return SwigluWeights(torch.cat((mlp.gate, mlp.up)), mlp.down)
+        return SwigluWeights(self.pack(torch.cat((mlp.gate, mlp.up))), self.pack(mlp.down))
 
     def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
-        return stacked(number, experts)
+        if not self._onednn:
+            return stacked(number, experts)
+        gate_up, down = zip(*map(self.pack_swiglu, experts), strict=True)
+        return SwigluWeights(gate_up, down)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
         return by_head(w_uk, w_uv)
@@ -51,11 +59,11 @@ class EagerOps:
     def linear(
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        y = F.linear(x, unpacked(weight), bias)
+        y = linear(x, unpacked(weight), bias)
         return y if residual is None else residual + y
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        return F.linear(x, unpacked(weight)).float()
+        return linear(x, unpacked(weight)).float()
 
     def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
         return sample(logits, inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -278,15 +277,6 @@ def test_code_and_pickles_beside_the_weights_are_named_and_never_run(
         f"{path}: code and pickles are never run or opened: "
         "configuration_deepseek.py, modeling_deepseek.py, sitecustomize.py, training_args.bin"
     ]
-
-
-def test_the_packages_have_no_way_to_unpickle_or_to_run_a_checkpoints_code() -> None:
-    root = Path(__file__).parents[2]
-    sources = [file for package in ("model", "scheduler", "server") for file in (root / package).rglob("*.py")]
-    assert len(sources) > 10
-    for file in sources:
-        found = re.findall(r"torch\.load\b|\bimport pickle|\bfrom pickle|trust_remote_code|AutoModel", file.read_text())
-        assert not found, f"{file}: {found}"
 
 
 def test_a_directory_or_pipe_named_like_a_shard_does_not_hang(tmp_path: Path) -> None:

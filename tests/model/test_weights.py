@@ -77,13 +77,18 @@ def test_pieces_join_where_a_tensor_is_larger_than_one(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.input_layernorm.weight", "model.layers.2.mlp.gate.e_score_correction_bias"]
+    "name",
+    [
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.2.mlp.gate.e_score_correction_bias",
+        "model.layers.1.mlp.experts.7.down_proj.weight",
+    ],
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_norm_weights_and_biases_must_be_finite(tmp_path: Path, name: str, value: float) -> None:
+def test_every_weight_must_be_finite(tmp_path: Path, name: str, value: float) -> None:
     path = make_checkpoint(tmp_path, "v3")
     tensors = read_tensors(path)
-    tensors[name][3] = value
+    tensors[name].view(-1)[3] = value
     write_tensors(path, tensors)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {re.escape(name)}: .* not finite"):
         load(path)

@@ -1,15 +1,18 @@
-"""What an answer is made of, before any endpoint's spelling: chat completions, responses and messages encode these."""
+"""What an answer is made of, before any endpoint's spelling: chat completions, responses and messages encode these.
+
+Structs, because some are made for every token.
+"""
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+
+import msgspec
 
 from server.schemas.usage import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True):
     """One token with its raw log-probability and the most likely alternatives, most likely first."""
 
     token_id: int
@@ -17,8 +20,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTokens:
+class PromptTokens(msgspec.Struct, frozen=True):
     """A prompt as the engine got it."""
 
     token_ids: array[int]
@@ -26,8 +28,7 @@ class PromptTokens:
     """Of all tokens but the first, where they were asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
+class ToolCallDelta(msgspec.Struct, frozen=True):
     """A piece of one tool call. `call_id` and `name` come with the call's first piece and never again."""
 
     index: int
@@ -38,8 +39,7 @@ class ToolCallDelta:
     """The next characters of the JSON text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True):
     """Token counts of one choice so far."""
 
     prompt_tokens: int = 0
@@ -48,8 +48,7 @@ class Counts:
     reasoning_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(msgspec.Struct, frozen=True):
     """Seconds, as measured; sent with a choice's last event."""
 
     queue: float
@@ -61,8 +60,7 @@ class Timings:
     total: float
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceEvent:
+class ChoiceEvent(msgspec.Struct, frozen=True):
     """The newest piece of one choice; every field may be empty."""
 
     index: int

@@ -251,7 +251,7 @@ class _Answer:
         left = self._clock.time_left
         # No timer once tokens flow: they come every few milliseconds, or the engine is gone and the stream ends.
         silence = None if self._has_tokens else SILENCE_SECONDS
-        timeout = min((each for each in (left, silence) if each is not None), default=None)
+        timeout = silence if left is None else left if silence is None else min(left, silence)
         try:
             deltas = await self._streams.next(timeout if timeout is None else max(timeout, 0.0))
         except TimeoutError:

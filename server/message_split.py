@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from server.events import ChoiceEvent, ToolCallDelta
 from server.message_parser import MessageParser

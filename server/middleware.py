@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -92,7 +91,7 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except (ClientDisconnect, ClientDisconnected, SendTimeoutError):
+        except (ClientDisconnect, ClientDisconnected):
             status = ClientDisconnected.status
         except Exception as exc:
             error = as_api_error(exc, record.request_id)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from model.batch import Logprobs
 from scheduler.messages import AddRequest, Finished, FinishReason, Started

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
 import msgspec
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.errors import ApiError, ClientDisconnected, as_api_error
@@ -53,7 +53,7 @@ async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
     The body of the request must have been read: the next thing to receive is the disconnect.
     """
     task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_disconnect(request))
+    watcher = asyncio.create_task(_disconnect(request.receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -79,26 +79,53 @@ async def start_stream(
     return EventStream(_with_errors(first, events, request_id, on_error), headers)
 
 
-class EventStream(EventSourceResponse):
-    """sse-starlette's response, except that it always closes its iterator and never ends streams on SIGTERM.
-
-    The daemon drains by itself: running answers are finished, not cut.
-    """
+class EventStream(StreamingResponse):
+    """Sends events until they end or the client leaves, and a comment in silences. However it ends, what it streams
+    from is closed. SIGTERM is none of its business: the daemon drains, and running answers are finished, not cut."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
-        AppStatus.enable_automatic_graceful_drain = False
-        super().__init__(
-            events,
-            headers=headers,
-            ping=KEEP_ALIVE_SECONDS,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            send_timeout=SEND_TIMEOUT_SECONDS,
-        )
+        headers = {**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
+        self._since = time.monotonic()
+        """When the last write began."""
+        self._is_writing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
+        """Raises ClientDisconnected when the client takes nothing for SEND_TIMEOUT_SECONDS."""
+        work = asyncio.create_task(self._send_all(send)), asyncio.create_task(_disconnect(receive))
+        try:
+            while not (await asyncio.wait(work, timeout=self._time_left, return_when=asyncio.FIRST_COMPLETED))[0]:
+                if self._time_left > 0:
+                    continue
+                if self._is_writing:
+                    raise ClientDisconnected
+                await self._write(send, KEEP_ALIVE)
+            if work[0].done():
+                work[0].result()
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    @property
+    def _time_left(self) -> float:
+        """Seconds until the client is given up, or until it gets a comment. Looked at now and then, so that what is
+        sent needs no timer of its own."""
+        limit = SEND_TIMEOUT_SECONDS if self._is_writing else min(KEEP_ALIVE_SECONDS, SEND_TIMEOUT_SECONDS)
+        return self._since + limit - time.monotonic()
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for data in events:
+                await self._write(send, data)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        self._since, self._is_writing = time.monotonic(), True
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._is_writing = False
 
 
 async def _with_errors(
@@ -116,6 +143,6 @@ async def _with_errors(
             yield on_error(as_api_error(exc, request_id))
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -34,11 +34,12 @@ def size_pool(
     max_model_len: int | None = None,
     num_blocks: int | None = None,
     kv_cache_memory: int | None = None,
+    share: float = DEFAULT_SHARE,
 ) -> PoolSize:
     """Size the pool within `free_bytes`, what is left beside the weights; `itemsize` is that of the cache's dtype.
 
     `num_blocks` wins over `kv_cache_memory` (bytes). With neither, the pool holds `max_num_seqs` requests of
-    `max_model_len` tokens, or what fits into `DEFAULT_SHARE` of the free memory, or one such request if that is more.
+    `max_model_len` tokens, or what fits into `share` of the free memory, or one such request if that is more.
     A `max_model_len` of None is the checkpoint's, cut to what the pool holds. Raises ConfigError.
     """
     limit = config.max_position_embeddings
@@ -55,8 +56,8 @@ def size_pool(
     elif kv_cache_memory is not None:
         blocks, asked = kv_cache_memory // block_bytes, f"kv_cache_memory {in_gib(kv_cache_memory)}"
     else:
-        share = int(free_bytes * DEFAULT_SHARE) // block_bytes
-        blocks = min(max_num_seqs * request_blocks, max(share, request_blocks), most)
+        wanted = int(free_bytes * share) // block_bytes
+        blocks = min(max_num_seqs * request_blocks, max(wanted, request_blocks), most)
         asked = f"the free memory, {in_gib(free_bytes)},"
     if blocks < 1:
         raise ConfigError(f"{asked} holds no block of {BLOCK_SIZE} tokens ({block_bytes:,} bytes)")

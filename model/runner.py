@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from model.ops.cpu.ops import CpuOps, obstacle
 from model.ops.eager.linear import can_lay_out
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Ops
-from model.pool_size import ConfigError, size_pool
+from model.pool_size import LARGEST_SHARE, ConfigError, size_pool
+from model.profiling import decode_step, prompt_step
 from model.rows import Rows
 from model.transfer import to_device
 from model.weights import CheckpointWeights
@@ -169,6 +171,12 @@ class ModelRunner:
         self._rows.update(batch)
         return self._rows.step_inputs(batch)
 
+    def prepare_decoding(self, max_num_seqs: int) -> None:
+        """Run every size of decoding steps that is kept ready, the largest first: the others fit into its memory."""
+        for size in sorted({min(size, max_num_seqs) for size in self.model.ops.decode_sizes}, reverse=True):
+            self.execute(decode_step(size))
+            self.reset()
+
     def warm_up(self, max_num_tokens: int) -> None:
         """Prefill and decode once on row 0 and block 0, the way every request goes; then both are free again.
 
@@ -217,15 +225,16 @@ def load_runner(
     ops = _choose_ops(config, torch_dtype, torch_device, num_threads, quantization)
     require_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE, quantization=quantization)
     weight_bytes = weight_bytes_in(config, dtype, quantization)
-    size = size_pool(
+    sized = partial(
+        size_pool,
         config,
-        free_bytes=available - weight_bytes,
         itemsize=torch_dtype.itemsize,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         num_blocks=num_blocks,
         kv_cache_memory=kv_cache_memory,
     )
+    size = sized(free_bytes=available - weight_bytes)
     packed = None
     if weights_cache is not None:
         if ops.packing is None:
@@ -237,12 +246,17 @@ def load_runner(
         model = DeepseekForCausalLM(config, ops, weights)
     if packed is not None and kept is None:
         packed.write(weights.made)
+    if torch_device.type == "cuda":
+        longest = size.max_model_len if max_model_len is None else max_model_len
+        free = _memory_beside_steps(model, checkpoint, longest, max_num_seqs, max_num_batched_tokens)
+        size = sized(free_bytes=free, share=LARGEST_SHARE)
     cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
     rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids, torch_device)
     runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len, weight_bytes)
     if ops.name == "cpu":
         torch.set_num_threads(1)  # its threads would spin on the cores of the kernels' own
+    runner.prepare_decoding(max_num_seqs)
     runner.warm_up(max_num_batched_tokens)
     logger.info(
         "%s in %s on %s by the %s operations: %s of weights, "
@@ -252,6 +266,24 @@ def load_runner(
         size.max_model_len,
     )
     return runner
+
+
+def _memory_beside_steps(
+    model: DeepseekForCausalLM, checkpoint: Checkpoint, longest: int, max_num_seqs: int, max_num_tokens: int
+) -> int:
+    """Bytes of the GPU that are free when the largest steps have run: a prompt's last chunk over a context of `longest`
+    tokens, and a token of every row, with its graph. The allocator still holds then what it gave them."""
+    config, embedding = model.config, model.model.embed_tokens.weight
+    device = embedding.device
+    cache = LatentCache(1, config.num_hidden_layers, config.latent_dim, embedding.dtype, device)
+    runner = ModelRunner(model, cache, Rows(max_num_seqs, longest, device=device), checkpoint, longest, 0)
+    runner.execute(prompt_step(min(max_num_tokens, longest - 1), longest - 1))
+    runner.reset()
+    runner.execute(decode_step(max_num_seqs))
+    free = torch.cuda.mem_get_info(device)[0]
+    del runner, cache
+    torch.cuda.empty_cache()
+    return free
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -274,21 +306,25 @@ def _choose_device(device: str) -> torch.device:
 def _choose_ops(
     config: DeepseekConfig, dtype: torch.dtype, device: torch.device, num_threads: int, quantization: str
 ) -> Ops:
-    """The compiled kernels where they compute this network, else plain torch, which does not quantise."""
+    """The kernels that compute this network there, else plain torch, which does not quantise."""
     reason = obstacle(config, dtype, device)
     if reason is None:
         if (kernels := library()) is not None:
             return CpuOps(kernels, num_threads, quantization)
         reason = "there are none: install a C++ compiler, then run `python -m model.ops.cpu.build`"
-    if quantization != "none":
-        raise ConfigError(f"quantization {quantization} is computed by the CPU kernels, but {reason}")
     if device.type == "cuda" and dtype is not torch.float32 and find_spec("triton") is not None:
         from model.ops.cuda.device import KERNEL_MEMORY, shared_memory  # torch for CPUs comes without triton
         from model.ops.cuda.ops import CudaOps
 
-        if (memory := shared_memory(device)) >= KERNEL_MEMORY:
-            return CudaOps()
-        logger.warning("no Triton kernels: they need %d bytes of shared memory, the GPU has %d", KERNEL_MEMORY, memory)
+        if (memory := shared_memory(device)) < KERNEL_MEMORY:
+            reason = f"they need {KERNEL_MEMORY} bytes of shared memory, and the GPU has {memory}"
+            logger.warning("no Triton kernels: %s", reason)
+        elif quantization != "none" and config.n_shared_experts and (config.moe_intermediate_size or 0) % 64:
+            reason = f"moe_intermediate_size {config.moe_intermediate_size} is no multiple of 64"
+        else:
+            return CudaOps(quantization)
+    if quantization != "none":
+        raise ConfigError(f"quantization {quantization} is computed by kernels, but {reason}")
     return EagerOps(onednn=can_lay_out(dtype, device))
 
 

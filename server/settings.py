@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Rounds the weights of linear layers and experts to so many bits while loading: less memory, more "
-        "speed. Only on a CPU, with dtype bfloat16.",
+        "speed. With dtype bfloat16, on a GPU also float16.",
     )
     max_model_len: int | None = Field(
         None,

@@ -8,7 +8,7 @@ experts and norms are accumulated in float32 whatever the run dtype is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -133,6 +133,11 @@ class Ops(Protocol):
     @property
     def packing(self) -> str | None:
         """What decides the bytes of packed weights besides the weights; None where packing leaves them tensors."""
+        ...
+
+    @property
+    def decode_sizes(self) -> Sequence[int]:
+        """Numbers of rows whose decoding steps `recorded` keeps ready, each from its first time on."""
         ...
 
     def pack(self, weight: Tensor, precise: bool = False) -> LinearWeight:

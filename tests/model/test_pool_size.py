@@ -33,6 +33,10 @@ def test_by_default_a_share_of_the_free_memory_is_taken(config: DeepseekConfig) 
     assert size(config, 500) == PoolSize(num_blocks=200, max_model_len=4096)
 
 
+def test_a_machine_that_does_nothing_else_can_give_more(config: DeepseekConfig) -> None:
+    assert size(config, 200, share=0.9) == PoolSize(num_blocks=180, max_model_len=4096)
+
+
 def test_one_full_request_may_take_more_than_the_share(config: DeepseekConfig) -> None:
     assert size(config, 100) == PoolSize(num_blocks=64, max_model_len=4096)
 

@@ -45,6 +45,7 @@ def obstacle(config: DeepseekConfig, dtype: torch.dtype, device: torch.device) -
 
 class CpuOps:
     name = "cpu"
+    decode_sizes = ()
 
     def __init__(self, library: Library, threads: int, quantization: str = "none") -> None:
         self.quantization = quantization

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.cuda.align import _expert, align
-from model.ops.interface import Routing, SwigluWeights, unpacked
+from model.ops.cuda.quantized import add_group, planes
+from model.ops.interface import LinearWeight, PackedWeight, Routing, SwigluWeights, unpacked
 
 DIRECT_PAIRS = 32
 """Up to so many pairs each is a block by itself: nothing is sorted."""
@@ -41,16 +42,49 @@ def tile_of(tokens: int) -> Tile:
     return Tile(128, 128, 64, 8, 3)
 
 
+def quantized_tile_of(tokens: int) -> Tile:
+    """`inner` is the group's size: a scale applies to a whole tile. More of these small ones are in flight."""
+    if tokens <= 32:
+        return Tile(16, 64, 64, 4, 6)
+    return Tile(32, 64, 64, 4, 5) if tokens <= 96 else Tile(64, 64, 64, 8, 4)
+
+
+class _Weight(NamedTuple):
+    """What a kernel needs of experts, or of the shared ones' MLP."""
+
+    data: Tensor
+    """[E, out, in], [out, in], or the numbers of quantised ones."""
+    scales: Tensor
+    """Of those; else the data again, unread."""
+    stride: int
+    """From expert to expert, in the data's elements."""
+    scale_stride: int
+    bits: int
+    shape: tuple[int, int]
+    """[out, in]"""
+
+
+def _weight(weight: LinearWeight) -> _Weight:
+    if isinstance(weight, PackedWeight):
+        numbers, scales = planes(weight)
+        shape = weight.out_features, weight.in_features
+        return _Weight(numbers, scales, numbers.stride(0), scales.stride(0), weight.format, shape)
+    weight = unpacked(weight)
+    out_features, in_features = weight.shape[-2:]
+    return _Weight(weight, weight, out_features * in_features, 0, 16, (out_features, in_features))
+
+
 def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor) -> Tensor:
     """As `Ops.moe`. A token whose experts are -1 touches no weights and gives its residual."""
-    gate_up, down = unpacked(experts.gate_up), unpacked(experts.down)
-    num_experts, hidden, width = down.shape
-    shared_gate_up = gate_up if shared is None else unpacked(shared.gate_up)
-    shared_down = down if shared is None else unpacked(shared.down)
+    gate_up, down = _weight(experts.gate_up), _weight(experts.down)
+    hidden, width = down.shape
+    num_experts = len(down.data)
+    shared_gate_up = gate_up if shared is None else _weight(shared.gate_up)
+    shared_down = down if shared is None else _weight(shared.down)
     num_shared = 0 if shared is None else shared_down.shape[1] // width
     tokens, per_token = routing.experts.shape
     pairs = tokens * (per_token + num_shared)
-    tile = tile_of(tokens)
+    tile = tile_of(tokens) if down.bits == 16 else quantized_tile_of(tokens)
     direct = pairs <= DIRECT_PAIRS
     if direct:
         blocks, block_pairs, block_experts = pairs, routing.experts, routing.experts
@@ -65,13 +99,18 @@ def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeigh
     ):
         kernel[(blocks * triton.cdiv(target.shape[1], tile.columns),)](
             source,
-            routed_weight,
-            shared_weight,
+            routed_weight.data,
+            shared_weight.data,
+            routed_weight.scales,
+            shared_weight.scales,
             target,
             routing.experts,
             block_pairs,
             block_experts,
             pairs,
+            routed_weight.stride,
+            routed_weight.scale_stride,
+            BITS=routed_weight.bits,
             HIDDEN=hidden,
             WIDTH=width,
             EXPERTS=num_experts,
@@ -131,11 +170,16 @@ def _up(
     x: tl.tensor,
     routed: tl.tensor,
     shared: tl.tensor,
+    routed_scales: tl.tensor,
+    shared_scales: tl.tensor,
     activated: tl.tensor,
     experts: tl.tensor,
     block_pairs: tl.tensor,
     block_experts: tl.tensor,
     num_pairs: tl.tensor,
+    expert_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    BITS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -155,28 +199,49 @@ def _up(
     )
     if (expert < 0) | (expert >= EXPERTS + SHARED):
         return
-    weight = routed + expert.to(tl.int64) * (2 * WIDTH * HIDDEN)
-    to_up = WIDTH * HIDDEN
-    if expert >= EXPERTS:
-        weight = shared + (expert - EXPERTS).to(tl.int64) * (WIDTH * HIDDEN)
-        to_up = SHARED * WIDTH * HIDDEN
     column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inner = tl.arange(0, BLOCK_INNER)
-    gate_at = weight + column[:, None] * HIDDEN + inner[None, :]
-    x_at = x + (pair // (PER_TOKEN + SHARED)).to(tl.int64)[:, None] * HIDDEN + inner[None, :]
-    some_column, some_pair = (column < WIDTH)[:, None], (pair < num_pairs)[:, None]
+    there, some_pair = column < WIDTH, (pair < num_pairs)[:, None]
+    token = (pair // (PER_TOKEN + SHARED)).to(tl.int64)
+    weight = routed + expert.to(tl.int64) * expert_stride
+    gate_row, to_up = column.to(tl.int64), WIDTH
+    if expert >= EXPERTS:
+        weight = shared
+        gate_row += (expert - EXPERTS).to(tl.int64) * WIDTH
+        to_up = SHARED * WIDTH
     gate = tl.zeros((BLOCK_COLUMNS, BLOCK_PAIRS), tl.float32)
     up = tl.zeros((BLOCK_COLUMNS, BLOCK_PAIRS), tl.float32)
-    for start in range(0, HIDDEN, BLOCK_INNER):
-        left = (inner < HIDDEN - start)[None, :]
-        x_tile = tl.trans(tl.load(x_at + start, mask=some_pair & left, other=0.0))
-        gate_tile = tl.load(gate_at + start, mask=some_column & left, other=0.0)
-        up_tile = tl.load(gate_at + to_up + start, mask=some_column & left, other=0.0)
-        gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
-        up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
+    if BITS == 16:
+        inner = tl.arange(0, BLOCK_INNER)
+        gate_at = weight + gate_row[:, None] * HIDDEN + inner[None, :]
+        x_at = x + token[:, None] * HIDDEN + inner[None, :]
+        for start in range(0, HIDDEN, BLOCK_INNER):
+            left = (inner < HIDDEN - start)[None, :]
+            x_tile = tl.trans(tl.load(x_at + start, mask=some_pair & left, other=0.0))
+            gate_tile = tl.load(gate_at + start, mask=there[:, None] & left, other=0.0)
+            up_tile = tl.load(gate_at + to_up * HIDDEN + start, mask=there[:, None] & left, other=0.0)
+            gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
+            up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
+    else:
+        GROUPS: tl.constexpr = (HIDDEN + 63) // 64
+        half = tl.arange(0, 32)
+        scale_at = routed_scales + expert.to(tl.int64) * scale_stride
+        if expert >= EXPERTS:
+            scale_at = shared_scales
+        scale_rows = scale_at + gate_row * GROUPS
+        rows = weight + gate_row[:, None] * (GROUPS * 8 * BITS) + half[None, :]
+        x_at = x + token[:, None] * HIDDEN + half[None, :]
+        for group in range(GROUPS):
+            left = HIDDEN - group * 64
+            first = tl.load(x_at + group * 64, mask=some_pair & (half < left)[None, :], other=0.0)
+            second = tl.load(x_at + group * 64 + 32, mask=some_pair & (half + 32 < left)[None, :], other=0.0)
+            first, second = tl.trans(first), tl.trans(second)
+            gate_at = rows + group * (8 * BITS)
+            up_at = gate_at + to_up * (GROUPS * 8 * BITS)
+            gate = add_group(gate, gate_at, scale_rows + group, there, first, second, BITS)
+            up = add_group(up, up_at, scale_rows + to_up * GROUPS + group, there, first, second, BITS)
     value = tl.trans(gate * tl.sigmoid(gate) * up)
     target = activated + pair.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(target, value, mask=some_pair & (column < WIDTH)[None, :])
+    tl.store(target, value, mask=some_pair & there[None, :])
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -184,11 +249,16 @@ def _down(
     activated: tl.tensor,
     routed: tl.tensor,
     shared: tl.tensor,
+    routed_scales: tl.tensor,
+    shared_scales: tl.tensor,
     outputs: tl.tensor,
     experts: tl.tensor,
     block_pairs: tl.tensor,
     block_experts: tl.tensor,
     num_pairs: tl.tensor,
+    expert_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    BITS: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -208,24 +278,45 @@ def _down(
     )
     if (expert < 0) | (expert >= EXPERTS + SHARED):
         return
-    weight = routed + expert.to(tl.int64) * (HIDDEN * WIDTH)
-    stride = WIDTH
-    if expert >= EXPERTS:
-        weight = shared + (expert - EXPERTS).to(tl.int64) * WIDTH
-        stride = SHARED * WIDTH
     column = tl.program_id(0) % COLUMN_BLOCKS * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    inner = tl.arange(0, BLOCK_INNER)
-    weight_at = weight + column[:, None] * stride + inner[None, :]
-    activated_at = activated + pair.to(tl.int64)[:, None] * WIDTH + inner[None, :]
-    some_column, some_pair = (column < HIDDEN)[:, None], (pair < num_pairs)[:, None]
+    there, some_pair = column < HIDDEN, (pair < num_pairs)[:, None]
+    row = column.to(tl.int64)
+    weight = routed + expert.to(tl.int64) * expert_stride
+    shared_expert = tl.maximum(expert - EXPERTS, 0)
     value = tl.zeros((BLOCK_COLUMNS, BLOCK_PAIRS), tl.float32)
-    for start in range(0, WIDTH, BLOCK_INNER):
-        left = (inner < WIDTH - start)[None, :]
-        activated_tile = tl.trans(tl.load(activated_at + start, mask=some_pair & left, other=0.0))
-        weight_tile = tl.load(weight_at + start, mask=some_column & left, other=0.0)
-        value = tl.dot(weight_tile, activated_tile, value, input_precision="ieee")
+    if BITS == 16:
+        inner = tl.arange(0, BLOCK_INNER)
+        stride = WIDTH
+        if expert >= EXPERTS:
+            weight = shared + shared_expert * WIDTH
+            stride = SHARED * WIDTH
+        weight_at = weight + row[:, None] * stride + inner[None, :]
+        activated_at = activated + pair.to(tl.int64)[:, None] * WIDTH + inner[None, :]
+        for start in range(0, WIDTH, BLOCK_INNER):
+            left = (inner < WIDTH - start)[None, :]
+            activated_tile = tl.trans(tl.load(activated_at + start, mask=some_pair & left, other=0.0))
+            weight_tile = tl.load(weight_at + start, mask=there[:, None] & left, other=0.0)
+            value = tl.dot(weight_tile, activated_tile, value, input_precision="ieee")
+    else:
+        GROUPS: tl.constexpr = (WIDTH + 63) // 64
+        half = tl.arange(0, 32)
+        scale_at = routed_scales + expert.to(tl.int64) * scale_stride
+        groups = GROUPS
+        if expert >= EXPERTS:  # a shared expert's columns are whole groups: see `CudaOps`
+            weight = shared + shared_expert * (GROUPS * 8 * BITS)
+            scale_at = shared_scales + shared_expert * GROUPS
+            groups = SHARED * GROUPS
+        rows = weight + row[:, None] * groups * (8 * BITS) + half[None, :]
+        scale_rows = scale_at + row * groups
+        activated_at = activated + pair.to(tl.int64)[:, None] * WIDTH + half[None, :]
+        for group in range(GROUPS):
+            left = WIDTH - group * 64
+            first = tl.load(activated_at + group * 64, mask=some_pair & (half < left)[None, :], other=0.0)
+            second = tl.load(activated_at + group * 64 + 32, mask=some_pair & (half + 32 < left)[None, :], other=0.0)
+            number_at = rows + group * (8 * BITS)
+            value = add_group(value, number_at, scale_rows + group, there, tl.trans(first), tl.trans(second), BITS)
     target = outputs + pair.to(tl.int64)[:, None] * HIDDEN + column[None, :]
-    tl.store(target, tl.trans(value), mask=some_pair & (column < HIDDEN)[None, :])
+    tl.store(target, tl.trans(value), mask=some_pair & there[None, :])
 
 
 @triton.jit

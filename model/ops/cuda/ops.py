@@ -12,8 +12,9 @@ from torch import Tensor
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import LatentCache
+from model.ops.cuda import quantized
 from model.ops.cuda.attention import CudaAttention, DeviceRows, captured_attention, plan_attention
-from model.ops.cuda.graphs import DecodeGraphs
+from model.ops.cuda.graphs import SIZES, DecodeGraphs
 from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
@@ -24,6 +25,7 @@ from model.ops.interface import (
     LinearWeight,
     Mlp,
     Network,
+    PackedWeight,
     Routing,
     SwigluWeights,
     by_head,
@@ -36,10 +38,12 @@ from model.sampler import SamplingInputs, greedy
 
 class CudaOps:
     name = "cuda"
-    quantization = "none"
+    decode_sizes = SIZES
     packing = None
 
-    def __init__(self) -> None:
+    def __init__(self, quantization: str = "none") -> None:
+        self.quantization = quantization
+        self._bits = quantized.BITS.get(quantization, 16)
         self._rows: DeviceRows | None = None
 
     @contextmanager
@@ -55,14 +59,37 @@ class CudaOps:
         """As `Ops.recorded`: a CUDA graph for each size of decoding steps."""
         return DecodeGraphs(network, config, self.on_device)
 
-    def pack(self, weight: Tensor, precise: bool = False) -> Tensor:
-        return weight
+    def pack(self, weight: Tensor, precise: bool = False) -> LinearWeight:
+        return self._packed([weight], 8 if precise else self._bits)
 
     def pack_swiglu(self, mlp: Mlp) -> SwigluWeights:
-        return SwigluWeights(torch.cat((mlp.gate, mlp.up)), mlp.down)
+        return SwigluWeights(self._packed([mlp.gate, mlp.up], self._bits), self._packed([mlp.down], self._bits))
 
     def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
-        return stacked(number, experts)
+        if self._bits == 16:
+            return stacked(number, experts)
+        gate_up, down = None, None
+        for i, expert in enumerate(experts):
+            if gate_up is None or down is None:
+                gate_up = quantized.empty(number, self._bits, expert.gate, 2 * len(expert.gate))
+                down = quantized.empty(number, self._bits, expert.down)
+            quantized.pack_into(gate_up, i, expert.gate)
+            quantized.pack_into(gate_up, i, expert.up, len(expert.gate))
+            quantized.pack_into(down, i, expert.down)
+        assert gate_up is not None
+        assert down is not None
+        return SwigluWeights(gate_up, down)
+
+    def _packed(self, weights: list[Tensor], bits: int) -> LinearWeight:
+        """Matrices below each other as one."""
+        if self._bits == 16:
+            return weights[0] if len(weights) == 1 else torch.cat(weights)
+        packed = quantized.empty(1, bits, weights[0], sum(map(len, weights)))
+        first = 0
+        for weight in weights:
+            quantized.pack_into(packed, 0, weight, first)
+            first += len(weight)
+        return packed
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
         return by_head(w_uk, w_uv)
@@ -71,13 +98,15 @@ class CudaOps:
         self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """The residual is added where the product is stored, rounded once."""
+        if isinstance(weight, PackedWeight):
+            return quantized.linear(x, weight, bias, residual)
         weight = unpacked(weight)
         if residual is None:
             return F.linear(x, weight, bias)
         return torch.addmm(residual if bias is None else residual + bias, x, weight.t())
 
     def logits(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        return F.linear(x, unpacked(weight)).float()
+        return self.linear(x, weight).float()
 
     def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
         return greedy(logits) if inputs is None else sample(logits, inputs)
@@ -111,7 +140,7 @@ class CudaOps:
         return plan_attention(step, cache, config)
 
     def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
-        return self.linear(silu_mul(F.linear(x, unpacked(weights.gate_up))), weights.down, residual=residual)
+        return self.linear(silu_mul(self.linear(x, weights.gate_up)), weights.down, residual=residual)
 
     def router(self, x: Tensor, weight: Tensor, correction_bias: Tensor | None, config: DeepseekConfig) -> Routing:
         num_tokens = None if self._rows is None else self._rows.query_start[-1:]

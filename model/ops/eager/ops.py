@@ -30,6 +30,7 @@ from model.sampler import SamplingInputs, sample
 
 
 class EagerOps:
+    decode_sizes = ()
     quantization = "none"
     packing = None
 

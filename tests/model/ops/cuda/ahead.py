@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from model.latent_cache import LatentCache
 from model.ops.cuda import mla_decode as mla_decode_module
+from model.ops.cuda import quantized
 from model.ops.cuda.mla_decode import decode_work, lines_of_a_tile, mla_decode
 from model.ops.cuda.mla_prefill import Accumulator, mla_prefill
 from model.ops.cuda.moe import moe, silu_mul
@@ -30,7 +31,7 @@ from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.cuda.router import router
 from model.ops.cuda.sampler import sample
-from model.ops.interface import Routing, SwigluWeights
+from model.ops.interface import PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
 from model.sampler import Limits, SamplingInputs
 from tests.model.ops.cuda.shapes import V2, V2_LITE, V3, Shape
@@ -59,6 +60,11 @@ class Target:
 def bf16(*shape: int) -> Tensor:
     """Memory that nobody touches: 64 experts are addresses only."""
     return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def packed_weight(bits: int, number: int, out_features: int, in_features: int) -> PackedWeight:
+    size = quantized.packed_bytes(bits, out_features, in_features)[1]
+    return PackedWeight(torch.empty((number, size), dtype=torch.uint8), bits, out_features, in_features)
 
 
 def launches(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -119,6 +125,29 @@ def launches(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
             f"experts, {tokens} tokens",
             lambda routing=routing, n=tokens: moe(bf16(n, hidden), routing, weights, extra, bf16(n, hidden)),
         )
+    for bits in (8, 4):
+        packed = SwigluWeights(
+            packed_weight(bits, experts, 2 * width, hidden), packed_weight(bits, experts, hidden, width)
+        )
+        packed_shared = SwigluWeights(
+            packed_weight(bits, 1, 2 * shared * width, hidden), packed_weight(bits, 1, hidden, shared * width)
+        )
+        for tokens in (1, 32, 64, 256):
+            routing = Routing(
+                torch.zeros(tokens, config.num_experts_per_tok, dtype=torch.int32),
+                torch.zeros(tokens, config.num_experts_per_tok),
+            )
+            yield (
+                f"experts in int{bits}, {tokens} tokens",
+                lambda routing=routing, n=tokens, packed=packed, packed_shared=packed_shared: moe(
+                    bf16(n, hidden), routing, packed, packed_shared, bf16(n, hidden)
+                ),
+            )
+            weight = packed_weight(bits, 1, 2 * config.intermediate_size, hidden)
+            yield (
+                f"linear in int{bits}, {tokens} tokens",
+                lambda n=tokens, weight=weight: quantized.linear(bf16(n, hidden), weight),
+            )
     columns = {name: np.zeros(32) for name in ("temperature", "top_p", "min_p", "presence", "frequency")}
     integers = {name: np.zeros(32, np.int64) for name in ("top_k", "position", "row", "num_prompt_tokens")}
     grammar = Limits(0, bytes(12800), *(np.empty(0, np.int64),) * 3, np.empty(0, np.float32))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import sampler as twin
+from model.ops.cuda.ops import CudaOps
 from model.ops.cuda.sampler import sample
 from tests.model.ops.cuda.common import DEVICE, poisoned
 from tests.model.ops.cuda.test_graphs import CaptureList
@@ -61,6 +62,14 @@ def test_extreme_temperatures(temperature: float) -> None:
     ]
     found, expected = both(logits, rows)
     assert found == expected
+
+
+def test_greedy_rows_need_nothing_else() -> None:
+    logits = torch.randn(5, 70, device=DEVICE).round(decimals=1)
+    logits[2, 7] = torch.nan
+    found = CudaOps().sample(logits.clone(), None)
+    assert found.tolist() == twin.sample(logits.cpu(), None).tolist()
+    assert found[2] == -1
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="looked into on a CPU")

@@ -1,4 +1,5 @@
-"""Memory for weights in pages of 2 MB, where the system has them: in pages of 4 KB they are read a third slower.
+"""Memory in pages of 2 MB, where the system has them: in pages of 4 KB, weights are read up to a third slower and
+latents a tenth.
 
 A page is large only if all of it is asked for before any of it is written, so weights smaller than one lie together.
 """

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from model.large_pages import LargePages
+
 BLOCK_SIZE = 64
 """Tokens a block. `scheduler.config.BLOCK_SIZE` is the same number: hashes and kernels rely on it."""
 
@@ -24,7 +26,11 @@ class LatentCache:
         self, num_blocks: int, num_layers: int, latent_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         """Reserves the memory without touching it: the system backs a block when its first token is written."""
-        self.data = torch.empty((num_blocks, num_layers, BLOCK_SIZE, latent_dim), dtype=dtype, device=device)
+        shape = (num_blocks, num_layers, BLOCK_SIZE)
+        if torch.device(device).type == "cpu":
+            self.data = LargePages().empty(*shape, latent_dim * dtype.itemsize).view(dtype)
+        else:
+            self.data = torch.empty((*shape, latent_dim), dtype=dtype, device=device)
 
     @property
     def num_blocks(self) -> int:

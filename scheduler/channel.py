@@ -86,9 +86,11 @@ class FrameDecoder(Generic[Message]):
 
 
 class EngineChannel:
-    """The engine's end: blocking; one thread receives, one sends."""
+    """The engine's end: blocking, where nothing else is said; one thread receives, one at a time sends."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.unsent = memoryview(b"")
+        """The rest of a frame that `try_send` found room for the beginning of."""
         self._sock = sock
         self._decoder = FrameDecoder[ToEngine](ToEngine)
         self._received: deque[ToEngine] = deque()
@@ -108,8 +110,33 @@ class EngineChannel:
     def send(self, message: FromEngine) -> None:
         """Block until the message is in the socket's buffer. `ChannelClosed` when the front-end is gone."""
         frame = encode_frame(message)
+        self.flush()
+        self._send_all(frame)
+
+    def try_send(self, message: FromEngine) -> bool:
+        """Put a message into the socket's buffer, without blocking. False: there is no room. Of what it has room for in
+        part the rest is left `unsent`. `ChannelClosed` when the front-end is gone."""
+        if self.unsent:
+            return False
+        frame = encode_frame(message)
         try:
-            self._sock.sendall(frame)
+            sent = self._sock.send(frame, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ChannelClosed(str(error)) from error
+        self.unsent = memoryview(frame)[sent:]
+        return True
+
+    def flush(self) -> None:
+        """Block until nothing is `unsent`. `ChannelClosed` when the front-end is gone."""
+        if self.unsent:
+            rest, self.unsent = self.unsent, memoryview(b"")
+            self._send_all(rest)
+
+    def _send_all(self, data: bytes | memoryview) -> None:
+        try:
+            self._sock.sendall(data)
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 

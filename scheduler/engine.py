@@ -2,8 +2,8 @@
 
 Three threads. The *reader* receives, decodes and hashes prompts; what it makes waits in the inbox. The *main* thread
 loads the model and then loops: inbox, schedule, launch, collect, inbox again (aborts take effect before the step's
-tokens do), update, outbox. It alone touches scheduler, block pool and model. The *writer* encodes and sends, so that a
-slow socket never stops the model, and says once a second how long the running step has taken.
+tokens do), update, outbox. It alone touches scheduler, block pool and model. The *writer* sends what the socket has no
+room for, so that a slow one never stops the model, and says once a second how long the running step has taken.
 
 Where the model runs on a device of its own, steps overlap: the next one is scheduled and launched before the tokens of
 the one that runs are collected, so that the device does not wait for the host. With drafts they do not, because what
@@ -461,11 +461,12 @@ class Engine:
 
 
 def write_messages(channel: EngineChannel, outbox: Outbox, engine: Engine) -> None:
-    """The writer thread: send what is in the outbox and heartbeats, until the outbox is closed and empty."""
+    """The writer thread: send what waits in the outbox and heartbeats, until the outbox is closed and empty."""
     next_heartbeat = time.monotonic()
     try:
         while not outbox.drained:
             output = outbox.take(timeout=max(0.0, next_heartbeat - time.monotonic()))
+            channel.flush()
             if output is not None:
                 channel.send(output)
             now = time.monotonic()
@@ -518,7 +519,7 @@ def run_engine(
         logger.exception("loading failed")
         return fail(EXIT_FAILURE, EngineFailed(kind="load", message=f"{type(error).__name__}: {_one_line(error)}"))
 
-    outbox = Outbox()
+    outbox = Outbox(channel)
     overlap = runner.overlaps and config.speculative == "off"
     engine = Engine(scheduler, runner, grammars, reader.inbox, outbox, overlap)
     reader.accept_requests(scheduler, grammars, runner.vocab_size)

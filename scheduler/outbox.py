@@ -1,10 +1,12 @@
-"""What the main loop hands to the writer thread: one pending output that merges, so that nothing queues up."""
+"""The engine's way out: straight into the socket while that has room, else by the writer thread, from one pending
+output that merges, so that nothing queues up."""
 
 from __future__ import annotations
 
 import threading
 
 from model.batch import Logprobs
+from scheduler.channel import ChannelClosed, EngineChannel
 from scheduler.messages import StepOutput
 
 MAX_PENDING_TOKENS = 1024 * 1024
@@ -15,30 +17,50 @@ gather."""
 class Outbox:
     """At most one `StepOutput` waits for the writer.
 
-    While the socket is full, because the front-end is busy or stopped, later steps are merged into it and the engine
-    goes on. Nothing is lost; past `MAX_PENDING_TOKENS` the engine waits instead of computing what nobody reads.
+    The main loop sends by itself while the writer has nothing to do: two threads would fight for the interpreter, and
+    the step after that would start later. While the socket is full, because the front-end is busy or stopped, later
+    steps are merged into the output that waits and the engine goes on. Nothing is lost; past `MAX_PENDING_TOKENS` the
+    engine waits instead of computing what nobody reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channel: EngineChannel) -> None:
+        """The writer may send by `channel` between two calls of `take`."""
+        self._channel = channel
         self._condition = threading.Condition()
         self._pending: StepOutput | None = None
         self._num_tokens = 0
+        self._writer_waits = False
         self._closed = False
 
     def put(self, output: StepOutput) -> None:
-        """Hand over an output and its lists. For the main loop."""
+        """Send an output, or hand over it and its lists. For the main loop."""
         with self._condition:
+            if self._writer_waits and self._pending is None and self._sent(output):
+                return
             while self._num_tokens >= MAX_PENDING_TOKENS:
                 self._condition.wait()
             self._pending = output if self._pending is None else _merge(self._pending, output)
             self._num_tokens += _size(output)
             self._condition.notify_all()
 
+    def _sent(self, output: StepOutput) -> bool:
+        """All of it, or its beginning, and then the writer is to send the rest."""
+        try:
+            sent = self._channel.try_send(output)
+        except ChannelClosed:
+            return True  # the reader sees the same and exits
+        if self._channel.unsent:
+            self._condition.notify_all()
+        return sent
+
     def take(self, timeout: float) -> StepOutput | None:
-        """What is pending, waiting for it at most `timeout` seconds or until `close`. For the writer."""
+        """What is pending, waiting at most `timeout` seconds for it, for something `unsent` or for `close`. For the
+        writer."""
         with self._condition:
-            if self._pending is None and not self._closed:
+            if self._pending is None and not self._channel.unsent and not self._closed:
+                self._writer_waits = True
                 self._condition.wait(timeout)
+                self._writer_waits = False
             output, self._pending, self._num_tokens = self._pending, None, 0
             self._condition.notify_all()
             return output
@@ -53,7 +75,7 @@ class Outbox:
     def drained(self) -> bool:
         """Closed, and everything was taken."""
         with self._condition:
-            return self._closed and self._pending is None
+            return self._closed and self._pending is None and not self._channel.unsent
 
 
 def _merge(earlier: StepOutput, later: StepOutput) -> StepOutput:

@@ -6,6 +6,7 @@ with a GPU, and the host's learns a step's tokens when that step is collected.
 
 from __future__ import annotations
 
+import socket
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from model.batch import ForwardBatch, SamplingParams
 from model.launched import LaunchedStep
 from model.runner import ModelRunner, load_runner
 from scheduler.block_pool import BlockPool
+from scheduler.channel import EngineChannel
 from scheduler.config import BLOCK_SIZE
 from scheduler.engine import Engine, Inbox
 from scheduler.grammar import CheckpointGrammars
@@ -96,7 +98,9 @@ def serve(
         watermark_blocks=0,
     )
     grammars = CheckpointGrammars(model_dir / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
-    inbox, outbox = Inbox(), Outbox()
+    inbox = Inbox()
+    with socket.socket() as nowhere:  # nothing is sent, since there is no writer
+        outbox = Outbox(EngineChannel(nowhere))
     watched = Watched(runner, inbox, abort_at or {})
     for message in requests:
         if message.grammar is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -526,6 +527,8 @@ def run_engine(
     channel.send(_describe(config, runner, time.monotonic() - started))
     writer = threading.Thread(target=write_messages, args=(channel, outbox, engine), name="writer", daemon=True)
     writer.start()
+    gc.collect()
+    gc.freeze()  # what was loaded stays: no collection between steps need look at it
     failure = None
     try:
         engine.run()

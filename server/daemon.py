@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import logging
 import os
 import resource
@@ -81,6 +82,8 @@ async def _serve(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)
+    gc.collect()
+    gc.freeze()  # what was imported stays: no collection between chunks need look at it
     _take_signals(signals)  # again: uvicorn has put its own handlers in place, and they cut open streams
 
     stopping = asyncio.create_task(signals.get())

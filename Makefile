@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-faults test-soak test-fuzz test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-gpu bench-peers bench-real-size docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-faults test-soak test-fuzz fuzz-frames audit test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-gpu bench-peers bench-real-size docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,6 +57,13 @@ test-soak: dev ## half an hour of mixed traffic on a daemon whose engine is kill
 
 test-fuzz: dev ## an hour of bent HTTP requests against a daemon (ARGS="--minutes 5")
 	$(BIN)/python -m tests.fuzz.http $(ARGS)
+
+fuzz-frames: dev ## random and mutated frames at both ends of the channel: FRAMES=1000000 SEED=0
+	$(BIN)/python -m tests.fuzz.frames --frames $(or $(FRAMES),1000000) --seed $(or $(SEED),0)
+
+audit: $(VENV)/.audit ## a static security linter over the packages, and known vulnerabilities of every pinned version
+	$(VENV)/audit/bin/bandit --quiet --configfile pyproject.toml --recursive server scheduler model
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 test-kernels: $(VENV)/.kernels ## the Triton kernels under Triton's interpreter: no GPU needed
 	TRITON_INTERPRET=1 $(VENV)/kernels/bin/python -m pytest tests/model/ops/cuda
@@ -135,6 +142,12 @@ $(VENV)/.dev: $(VENV)/.runtime
 $(VENV)/.schemathesis: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/schemathesis
 	$(VENV)/schemathesis/bin/pip install --quiet --disable-pip-version-check 'schemathesis==4.32.5'
+	@touch $@
+
+$(VENV)/.audit:
+	@mkdir -p $(VENV)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check 'bandit==1.9.4' 'pip-audit==2.10.1'
 	@touch $@
 
 # Triton of torch 2.11, whose interpreter does not run with numpy 2.4. It finds everything else in ours.

@@ -185,8 +185,9 @@ class ClientChannel(asyncio.Protocol):
         try:
             for message in self._decoder.feed(data):
                 self._on_message(message)
-        except ProtocolError as error:
-            self._reason = str(error)
+        except Exception as error:
+            # A message that decodes and cannot be filed is no better than junk: nothing that follows can be trusted.
+            self._reason = str(error) if isinstance(error, ProtocolError) else f"{type(error).__name__}: {error}"
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -54,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def base_url(host: str, port: int) -> str:
     """Where a client on this machine reaches a daemon that listens on `host`."""
-    if host in ("0.0.0.0", "::"):
+    if host in ("0.0.0.0", "::"):  # nosec B104
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

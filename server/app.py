@@ -70,7 +70,7 @@ def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) 
         open_requests=open_requests,
         defaults=load_generation_defaults(settings.model),
         deadlines=Deadlines(settings.queue_timeout, settings.request_timeout),
-        seeds=SystemRandom() if settings.seed is None else Random(settings.seed),
+        seeds=SystemRandom() if settings.seed is None else Random(settings.seed),  # nosec B311
     )
     app = FastAPI(
         title="latentd",

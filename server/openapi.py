@@ -156,8 +156,8 @@ def install(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _, structs = msgspec.json.schema_components(_STRUCTS, schema_hook=_hook, ref_template=_REF)
-            _, requests = models_json_schema([(each, "validation") for each in _REQUESTS], ref_template=_PYDANTIC_REF)
-            schemas = structs | requests.get("$defs", {})
+            _, bodies = models_json_schema([(each, "validation") for each in _REQUESTS], ref_template=_PYDANTIC_REF)
+            schemas = structs | bodies.get("$defs", {})
             document.setdefault("components", {})["schemas"] = dict(sorted(schemas.items()))
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path in document["paths"].values():

@@ -133,19 +133,19 @@ class FakeGrammars:
         self._left: dict[str, list[str]] = {}
 
     def add(self, request_id: str, grammar: Grammar) -> None:
-        if grammar.kind != "regex":
-            raise ValueError(f"no such kind: {grammar.kind}")
+        if grammar.kind != "regex" or not grammar.text.split() or request_id in self._left:
+            raise ValueError(f"no such kind, empty, or in use: {grammar.kind}")
         self._left[request_id] = grammar.text.split()
 
     def bitmask(self, request_id: str) -> bytes:
         token = self._left[request_id][0]
-        if token == "?":
+        if not token.isdecimal() or int(token) >= VOCAB_SIZE:
             raise ValueError("too complex")
         return (1 << int(token)).to_bytes(VOCAB_SIZE // 8, "little")
 
     def accept(self, request_id: str, token_id: int) -> bool:
         left = self._left[request_id]
-        assert left.pop(0) == str(token_id)
+        assert int(left.pop(0)) == token_id
         return not left
 
     def drop(self, request_id: str) -> None:

@@ -244,3 +244,22 @@ def test_the_front_end_closes_once_and_says_why(write: Callable[[socket.socket],
     assert messages == [FROM_ENGINE[3]]
     assert len(reasons) == 1
     assert reason in reasons[0]
+
+
+def test_a_message_that_cannot_be_filed_closes_the_channel() -> None:
+    async def scenario() -> list[str]:
+        ours, theirs = socket.socketpair()
+        reasons: list[str] = []
+
+        def refuse(message: FromEngine) -> None:
+            raise ValueError("columns of unequal length")
+
+        await ClientChannel.open(ours, refuse, reasons.append)
+        with theirs:
+            theirs.sendall(encode_frame(FROM_ENGINE[3]) * 2)
+            await asyncio.sleep(0.05)
+            theirs.settimeout(1)
+            assert theirs.recv(1) == b""
+        return reasons
+
+    assert asyncio.run(scenario()) == ["ValueError: columns of unequal length"]

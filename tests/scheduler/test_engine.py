@@ -451,6 +451,22 @@ def test_an_abort_works_in_the_queue_in_prefill_and_in_decode(start: StartEngine
     assert (beat.stats.free_blocks, beat.stats.num_running, beat.stats.num_waiting) == (1000, 0, 0)
 
 
+def test_a_thousand_aborts_of_nothing_are_counted_and_nothing_else(start: StartEngine) -> None:
+    engine = start()
+    engine.wait_ready()
+    engine.add("done", [1], max_tokens=2)
+    engine.wait_finished("done")
+    engine.add("open", [2], max_tokens=50)
+    for i in range(500):
+        engine.send(AbortRequests([f"never{i}", "done"]))
+    engine.wait_finished("open")
+    assert engine.finished["open"].reason is FinishReason.LENGTH
+    assert engine.tokens["open"] == expected_tokens([2], 50)
+    beat = engine.until(lambda message: isinstance(message, Heartbeat) and message.stats.unknown_ids >= 1000)
+    assert isinstance(beat, Heartbeat)
+    assert beat.stats.unknown_ids == 1000
+
+
 def test_at_level_info_the_log_has_no_prompt_and_no_tokens(start: StartEngine) -> None:
     engine = start(num_blocks=10)
     engine.wait_ready()

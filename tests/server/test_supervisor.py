@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from scheduler.config import EngineConfig
 from scheduler.messages import EngineStats, Finished, FinishReason
@@ -19,6 +21,7 @@ from server.engine_client import ENGINE_DEAD, EngineStartError, EngineState
 from server.errors import BadRequest, Unavailable
 from server.supervisor import Supervisor
 from tests.scheduler.fake_engine import COMMAND, expected_tokens
+from tests.server.supervision_storm import SupervisionStorm
 from tests.server.test_engine_client import add_request, read, until
 
 Scenario = Callable[[Supervisor, "asyncio.Task[None]"], Coroutine[Any, Any, None]]
@@ -255,6 +258,28 @@ def test_kills_from_outside_accuse_nobody() -> None:
     supervise(scenario)
 
 
+GARBAGE = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGUSR2, lambda *_: os.write(int(sys.argv[-1]), b"\\x05\\x00\\x00\\x00hello"))
+runpy.run_module("tests.scheduler.fake_engine", run_name="__main__")
+"""
+
+
+def test_an_engine_that_talks_garbage_is_as_good_as_dead() -> None:
+    async def scenario(supervisor: Supervisor, running: asyncio.Task[None]) -> None:
+        first = supervisor.engine
+        stream = supervisor.submit(add_request("a", [1], 1_000_000))
+        await anext(stream)
+        kill(supervisor, signal.SIGUSR2)
+        assert (await read(stream))[1] == ENGINE_DEAD
+        await first.wait_down()
+        assert first.failure is not None
+        assert "is not a message" in first.failure
+        await until_restarted(supervisor, 1)
+
+    supervise(scenario, "--step-seconds", "0.01", command=(sys.executable, "-c", GARBAGE))
+
+
 @pytest.mark.parametrize("when", ["pausing", "loading"])
 def test_shutdown_in_the_middle_of_a_restart(when: str) -> None:
     async def scenario(supervisor: Supervisor, running: asyncio.Task[None]) -> None:
@@ -271,3 +296,19 @@ def test_shutdown_in_the_middle_of_a_restart(when: str) -> None:
         assert supervisor.restarts == (when == "loading")
 
     supervise(scenario, pauses=(0.5 if when == "pausing" else 0.0,))
+
+
+def test_whatever_happens_in_whatever_order_every_request_ends_once() -> None:
+    """A few examples; `tests/fuzz` has the long storm."""
+    run_state_machine_as_test(
+        SupervisionStorm,
+        settings=settings(
+            max_examples=3,
+            stateful_step_count=15,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

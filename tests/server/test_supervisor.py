@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -27,7 +28,9 @@ from tests.server.test_engine_client import add_request, read, until
 Scenario = Callable[[Supervisor, "asyncio.Task[None]"], Coroutine[Any, Any, None]]
 
 
-def supervise(scenario: Scenario, *options: str, command: tuple[str, ...] = COMMAND, **more: Any) -> Supervisor:
+def supervise(
+    scenario: Scenario, *options: str, command: tuple[str, ...] = COMMAND, loop: str = "asyncio", **more: Any
+) -> Supervisor:
     """Run `scenario` with a ready supervised engine and the task of `Supervisor.run`; no process is left."""
 
     async def run() -> Supervisor:
@@ -46,7 +49,7 @@ def supervise(scenario: Scenario, *options: str, command: tuple[str, ...] = COMM
                 assert running.done()
         return supervisor
 
-    return asyncio.run(run())
+    return uvloop.run(run()) if loop == "uvloop" else asyncio.run(run())
 
 
 def kill(supervisor: Supervisor, number: int = signal.SIGKILL) -> None:
@@ -207,7 +210,8 @@ def test_a_short_stop_is_forgiven() -> None:
     supervise(scenario, "--step-seconds", "0.002", stall_seconds=3.0)
 
 
-def test_a_front_end_that_was_held_up_does_not_blame_the_engine() -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_front_end_that_was_held_up_does_not_blame_the_engine(loop: str) -> None:
     async def scenario(supervisor: Supervisor, running: asyncio.Task[None]) -> None:
         stream = supervisor.submit(add_request("a", [1], 1000))
         await anext(stream)
@@ -215,7 +219,7 @@ def test_a_front_end_that_was_held_up_does_not_blame_the_engine() -> None:
         assert (await read(stream))[1].reason is FinishReason.LENGTH
         assert supervisor.restarts == 0
 
-    supervise(scenario, "--step-seconds", "0.002", stall_seconds=1.5)
+    supervise(scenario, "--step-seconds", "0.002", stall_seconds=1.5, loop=loop)
 
 
 def test_loading_has_no_limit() -> None:

@@ -15,7 +15,7 @@ import random
 import struct
 import time
 from collections import Counter
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
@@ -43,7 +43,7 @@ from scheduler.messages import (
     ToEngine,
 )
 from scheduler.outbox import Outbox
-from scheduler.scheduler import Scheduler
+from scheduler.scheduler import Scheduler, StepResult
 from server.engine_client import EngineClient, EngineState
 from server.streams import Delta, RequestStream
 from tests.scheduler.fake_engine import EOS_TOKEN_ID, VOCAB_SIZE, FakeGrammars, FakeRunner
@@ -186,6 +186,13 @@ class Frames:
                 payload[place:place] = payload[place : place + draw.randrange(32)]
 
 
+class Outputs:
+    """In the place of the engine's outbox: whatever it says can be said."""
+
+    def put(self, output: StepOutput) -> None:
+        encode_frame(output)
+
+
 class EngineEnd:
     """The engine's end: the real reader and main loop over a model of arithmetic, without threads."""
 
@@ -207,8 +214,7 @@ class EngineEnd:
         )
         self.reader = Reader(cast(EngineChannel, None))
         self.reader.accept_requests(self.scheduler, grammars, VOCAB_SIZE)
-        self.outbox = Outbox()
-        self.engine = Engine(self.scheduler, runner, grammars, self.reader.inbox, self.outbox)
+        self.engine = Engine(self.scheduler, runner, grammars, self.reader.inbox, cast(Outbox, Outputs()))
         self.decoder = FrameDecoder[ToEngine](ToEngine)
         self.ended: set[str] = set()
         self._gathered = 0
@@ -246,16 +252,7 @@ class EngineEnd:
                 break
             self.engine._collect()
         self.engine._drain_inbox(wait=False)
-        self.engine._put(_finished(self.scheduler), 0.0)
-        output = self.outbox.take(0)
-        if output is not None:
-            encode_frame(output)  # what it says can be said
-
-
-def _finished(scheduler: Scheduler) -> Any:
-    from scheduler.scheduler import StepResult
-
-    return StepResult(finished=scheduler.take_finished())
+        self.engine._put(StepResult(finished=self.scheduler.take_finished()), 0.0)
 
 
 class FakeTransport:

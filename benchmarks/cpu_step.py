@@ -1,6 +1,8 @@
 """Steps of single tokens on a CPU: `python -m benchmarks.cpu_step MODEL_DIR [--rows 1,8,16,64]`.
 
 Per step in microseconds: the network by single calls and by one replayed call, and the worker's whole step, greedy.
+The first two compute the same tokens again and again; every step has new ones, so that other experts and more memory
+are touched, and `around` is what of the steps was not the network.
 `memory`: the share of the network's time that reading the weights it touches once would take at the stream bandwidth
 that is measured first; experts are counted as if tokens chose them evenly.
 """
@@ -15,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.cpu_kernels import measure_limits
 from model.batch import ForwardBatch, NewRow, SamplingParams, ScheduledRow
 from model.config import DeepseekConfig
 from model.cores import usable_cores
-from model.latent_cache import BLOCK_SIZE
+from model.inputs import StepInputs
+from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.interface import Network
 from model.runner import ModelRunner, load_runner
 
@@ -64,12 +68,44 @@ def median_us(call: Callable[[int], object], times: int) -> float:
     return statistics.median(taken) * 1e6
 
 
-def measure(runner: ModelRunner, replayed: Network, rows: int, context: int, steps: int) -> tuple[float, float, float]:
+class Stopwatch:
+    """A network that says how long it took."""
+
+    def __init__(self, network: Network) -> None:
+        self.seconds = 0.0
+        self._network = network
+
+    def __call__(self, inputs: StepInputs, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        before = time.perf_counter()
+        outputs = self._network(inputs, cache)
+        self.seconds = time.perf_counter() - before
+        return outputs
+
+
+def measure_steps(runner: ModelRunner, rows: int, context: int, steps: int) -> tuple[float, float]:
+    """Medians in microseconds: whole steps, and what of each was not the network."""
+    network = runner._compute
+    runner._compute = stopwatch = Stopwatch(network)
+    around = []
+
+    def step(index: int) -> None:
+        before = time.perf_counter()
+        runner.execute(decode(rows, context + index))
+        around.append(time.perf_counter() - before - stopwatch.seconds)
+
+    whole = median_us(step, steps)
+    runner._compute = network
+    return whole, statistics.median(around) * 1e6
+
+
+def measure(
+    runner: ModelRunner, replayed: Network, rows: int, context: int, steps: int
+) -> tuple[float, float, float, float]:
     inputs = runner.prepare(decode(rows, context))
     return (
         median_us(lambda _: runner.model.compute(inputs, runner.cache), steps),
         median_us(lambda _: replayed(inputs, runner.cache), steps),
-        median_us(lambda index: runner.execute(decode(rows, context + index)), steps),
+        *measure_steps(runner, rows, context, steps),
     )
 
 
@@ -86,14 +122,14 @@ def main() -> None:
     runner = load_runner(options.model, num_blocks=blocks, max_num_seqs=max(sizes), progress=False)
     replayed = runner.model.ops.recorded(runner.model.compute, runner.model.config)
     print(f"ops {runner.ops}, read {limits.read / 1e9:.1f} GB/s")
-    print(f"{'rows':>4} {'calls':>9} {'replay':>9} {'step':>9} {'memory':>7}")
+    print(f"{'rows':>4} {'calls':>9} {'replay':>9} {'step':>9} {'around':>9} {'memory':>7}")
     released: list[int] = []
     with torch.inference_mode():
         for rows in sizes:
             start_rows(runner, rows, options.context, released)
-            single, network, step = measure(runner, replayed, rows, options.context, options.steps)
+            single, network, step, around = measure(runner, replayed, rows, options.context, options.steps)
             share = touched_bytes(runner.model.config, runner.weight_bytes, rows) / limits.read / (network / 1e6)
-            print(f"{rows:>4} {single:>9.0f} {network:>9.0f} {step:>9.0f} {share:>7.0%}", flush=True)
+            print(f"{rows:>4} {single:>9.0f} {network:>9.0f} {step:>9.0f} {around:>9.0f} {share:>7.0%}", flush=True)
             released = list(range(rows))
 
 

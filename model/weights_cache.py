@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,11 @@ class _Entry(msgspec.Struct, array_like=True):
 
 class WeightsCache:
     def __init__(self, folder: Path, checkpoint: Checkpoint, packing: str, threads: int) -> None:
-        """`packing` says how weights are packed (`Ops.packing`). Nothing is read or written yet."""
+        """`packing` says how weights are packed (`Ops.packing`). Nothing is read or written yet.
+
+        Raises CheckpointError where everybody may write into `folder`: what lies there would be served unseen.
+        """
+        _require_private(folder)
         key = repr((checkpoint.fingerprint, checkpoint.file_stamps, packing))
         self._key = hashlib.sha256(key.encode()).hexdigest()
         self._threads = threads
@@ -88,7 +93,7 @@ class WeightsCache:
         temporary = self.file.with_suffix(".tmp")
         started = time.monotonic()
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Not opened to be emptied: who has the lock may be writing it.
             with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,6 +183,16 @@ def _pieces(tensor: Tensor) -> list[memoryview]:
     """The bytes of a contiguous uint8 tensor, which fit in a core's caches one by one."""
     whole = memoryview(tensor.view(-1).numpy().data)
     return [whole[start : start + _PIECE_BYTES] for start in range(0, len(whole), _PIECE_BYTES)]
+
+
+def _require_private(folder: Path) -> None:
+    """Its checksums find damage, not malice: anybody can compute them."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return  # it is made, or the reason why not is told, when there is something to write
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
+        raise CheckpointError(f"{folder}: weights cache: the folder must be yours or root's, and not open to everybody")
 
 
 def _sync(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model.checkpoint import open_checkpoint
-from model.config import load_config
+from model.config import CheckpointError, load_config
 from model.deepseek import DeepseekForCausalLM
 from model.ops.cpu.library import Library, library
 from model.ops.cpu.ops import CpuOps
@@ -198,3 +198,15 @@ def test_many_starts_at_once(model: Path, tmp_path: Path) -> None:
         list(pool.map(start, range(40)))
     assert_equal(cache_of(model, tmp_path).read(), made)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_folder_that_everybody_may_write_to_is_refused_and_a_new_one_is_private(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(CheckpointError, match=r"cache: the folder must be yours"):
+        cache_of(model, folder)
+    folder.chmod(0o775)  # as Kubernetes' fsGroup and many users' umask make them
+    cache_of(model, folder)
+    cache_of(model, tmp_path / "new" / "cache").write(pack(model))
+    assert (tmp_path / "new" / "cache").stat().st_mode & 0o777 == 0o700

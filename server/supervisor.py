@@ -58,6 +58,8 @@ class Supervisor:
         self._pauses = pauses
         self._suspects = Suspects()
         self._deaths: deque[float] = deque()
+        self._what_happened = "died"
+        """To the newest engine, or will have: all that clients are told of it."""
         self._is_stopping = False
         self._started_at = 0.0
         self._start_seconds = _FIRST_START_SECONDS
@@ -88,7 +90,8 @@ class Supervisor:
         seconds = min(max(math.ceil(wait), 1), MAX_RETRY_AFTER)
         if engine.state is EngineState.STARTING and not self._deaths:
             raise Unavailable("Loading model", code="model_loading", retry_after=seconds)
-        raise Unavailable("The engine died and is being restarted.", code="engine_down", retry_after=seconds)
+        message = f"The engine {self._what_happened} and is being restarted."
+        raise Unavailable(message, code="engine_down", retry_after=seconds)
 
     def submit(self, request: AddRequest) -> RequestStream:
         """`EngineClient.submit`, but for prompts that engines have died of: BadRequest."""
@@ -172,12 +175,14 @@ class Supervisor:
         tick = min(_TICK_SECONDS, self._stall_seconds / 10)
         down = asyncio.create_task(engine.wait_down())
         is_suspect = False
+        self._what_happened = "died"
         try:
             while not down.done():
                 # Where we were held up ourselves, the loop has read what the engine sent meanwhile before it wakes us.
                 await asyncio.wait({down}, timeout=tick)
                 age = self.step_age
                 if age >= self._stall_seconds:
+                    self._what_happened = "stalled"
                     engine.kill(f"no step ended for {age:.1f} s")
                 elif age < self._stall_seconds / 2:
                     is_suspect = False

@@ -73,7 +73,8 @@ def test_an_engine_that_dies_is_replaced_and_answers() -> None:
         for _ in range(2):
             with pytest.raises(Unavailable) as caught:
                 supervisor.require_ready()
-            assert (caught.value.code, caught.value.status) == ("engine_down", 503) or not figures[-1].num_steps
+            assert (caught.value.code, caught.value.status) == ("engine_down", 503)
+            assert caught.value.message == "The engine died and is being restarted."
             assert caught.value.retry_after is not None
             assert 1 <= caught.value.retry_after <= 10
             await asyncio.sleep(0.02)
@@ -191,6 +192,8 @@ def test_a_step_that_hangs_shows_its_stacks_and_is_killed(capfd: pytest.CaptureF
         started = time.monotonic()
         assert (await read(stream))[1] == ENGINE_DEAD
         assert 1.4 < time.monotonic() - started < 10
+        with pytest.raises(Unavailable, match=r"The engine stalled and is being restarted"):
+            supervisor.require_ready()
         await until_restarted(supervisor, 1)
 
     supervise(scenario, "--stall-at-step", "3", stall_seconds=1.5)

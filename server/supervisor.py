@@ -178,8 +178,10 @@ class Supervisor:
         self._what_happened = "died"
         try:
             while not down.done():
-                # Where we were held up ourselves, the loop has read what the engine sent meanwhile before it wakes us.
+                slept = time.monotonic()
                 await asyncio.wait({down}, timeout=tick)
+                if time.monotonic() - slept > 2 * tick:
+                    continue  # it was we who were held up: what the engine has sent meanwhile may still be unread
                 age = self.step_age
                 if age >= self._stall_seconds:
                     self._what_happened = "stalled"

@@ -199,6 +199,7 @@ def test_a_step_is_launched_while_the_one_before_it_runs(start: StartEngine) -> 
         engine.wait_ready()
         engine.add("first", [1], max_tokens=6)
         engine.until(lambda message: isinstance(message, StepOutput))
+        time.sleep(0.05)  # an output may be here before the next step is launched
         engine.add("second", [2], max_tokens=1)
         message = engine.until(lambda message: isinstance(message, StepOutput) and "second" in message.started)
         assert isinstance(message, StepOutput)

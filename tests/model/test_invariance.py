@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.batch import SamplingParams
+from model.ops.cpu.library import library
 from scheduler.config import BLOCK_SIZE
 from scheduler.messages import AddRequest
 from tests.checkpoints import make_checkpoint
@@ -112,3 +113,23 @@ def test_with_drafts(case: Case) -> None:
 
 def test_in_steps_of_16_tokens(case: Case) -> None:
     assert Engine(case.model_dir, budget=16).generate(case.requests).tokens == case.alone
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels are not built")
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "limited"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_all_at_once_and_with_drafts_by_the_cpu_kernels(kind: str, quantization: str, tmp_path: Path) -> None:
+    """To the last bit, in bfloat16, as long as prompts are cut alike: here not at all."""
+    path, requests = make_checkpoint(tmp_path, "v2-yarn"), make_requests(kind)
+
+    def engine(speculative: bool) -> Engine:
+        options = {"dtype": "bfloat16", "budget": 1 << 14, "prefix_cache": False}
+        return Engine(path, quantization=quantization, speculative=speculative, **options)
+
+    plain = engine(speculative=False)
+    alone = [plain.generate([one]).tokens[0] for one in requests]
+    assert len({tuple(tokens) for tokens in alone}) == NUM_REQUESTS
+    assert plain.generate(requests).tokens == alone
+    outcome = engine(speculative=True).generate(requests, answers=alone)
+    assert outcome.tokens == alone
+    assert outcome.accepted_tokens > NUM_REQUESTS * MAX_TOKENS // 3

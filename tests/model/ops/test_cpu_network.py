@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.config import load_config
 from model.deepseek import DeepseekForCausalLM
-from model.ops.cpu.library import library
+from model.ops.cpu.library import Format, library
 from model.ops.cpu.ops import CpuOps, obstacle
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, read_tensors, write_tensors
 from tests.model.harness import Driver, Row, load_model, random_tokens
+from tests.model.ops.test_cpu_linear import pack, unpack
 
 KINDS = {
     "v2": {},
@@ -52,6 +54,33 @@ def test_no_further_from_float32_than_torch_in_bfloat16(kind: str, tied: bool, t
         assert found.isfinite().all()
         assert (found - exact).abs().mean() < 1.2 * (by_torch - exact).abs().mean(), chunk
         assert agreement(found) > agreement(by_torch) - 0.05, chunk
+
+
+@pytest.mark.parametrize("kind", ["v2-yarn", "v2-grouped", "v3", "dense"])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_weights_are_used_as_what_they_stand_for(kind: str, quantization: str, tmp_path: Path) -> None:
+    """Against the same network in float32 with the weights that were packed: what is left is that bfloat16 rounds, and
+    that activations become int8. The same bound in whole prompts, chunks and single tokens."""
+    path = make_checkpoint(tmp_path / "model", kind, **KINDS[kind])
+    tokens = random_tokens(200, 256)
+    by_torch = Driver(load_model(path, torch.bfloat16)).run(tokens, 200)
+    rounding = (by_torch - Driver(load_model(path)).run(tokens, 200)).abs().mean()
+    model = by_kernels(path, quantization=quantization)
+    write_tensors(path, {name: as_packed(name, value, quantization) for name, value in read_tensors(path).items()})
+    exact = Driver(load_model(path)).run(tokens, 200)
+    for chunk in (200, 20, 1):
+        found = Driver(model).run(tokens, chunk)
+        assert (found - exact).abs().mean() < 1.8 * rounding, chunk
+
+
+def as_packed(name: str, weight: Tensor, quantization: str) -> Tensor:
+    """What a weight of the checkpoint stands for when it is packed."""
+    kept = weight.dim() == 1 or name.endswith(("embed_tokens.weight", "kv_b_proj.weight", "mlp.gate.weight"))
+    if kept:
+        return weight
+    assert KERNELS is not None
+    format = Format[quantization.upper()] if "kv_a_proj" not in name else Format.INT8
+    return unpack(format, pack(KERNELS, format, weight.bfloat16()), *weight.shape).contiguous()
 
 
 @pytest.mark.parametrize(

@@ -25,17 +25,19 @@ from model.config import DeepseekConfig
 from model.cores import usable_cores
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.memory import QUANTIZED_BITS, SCALE_BITS
 from model.ops.interface import Network
 from model.runner import ModelRunner, load_runner
 
 MAX_STEPS = 128
 
 
-def touched_bytes(config: DeepseekConfig, weight_bytes: int, rows: int) -> float:
-    """Of `weight_bytes`, those that a step of so many tokens reads: not the embedding, nor experts nobody chose."""
+def touched_bytes(config: DeepseekConfig, weight_bytes: int, expert_bits: float, rows: int) -> float:
+    """Of `weight_bytes`, those that a step of so many tokens reads: not the embedding, nor experts nobody chose.
+    `expert_bits`: of each of their numbers."""
     hidden, width = config.hidden_size, config.moe_intermediate_size or 0
     moe_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
-    experts = moe_layers * (config.n_routed_experts or 0) * 3 * hidden * width * 2
+    experts = moe_layers * (config.n_routed_experts or 0) * 3 * hidden * width * expert_bits / 8
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * hidden * 2
     chosen = 1.0 - (1.0 - (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1)) ** rows
     return weight_bytes - embedding - experts * (1.0 - chosen)
@@ -112,6 +114,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("--quantization", choices=("none", *QUANTIZED_BITS), default="none")
     parser.add_argument("--rows", default="1,8,16,64")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40, help=f"for each figure, at most {MAX_STEPS}")
@@ -119,7 +122,14 @@ def main() -> None:
     sizes = [int(rows) for rows in options.rows.split(",")]
     limits = measure_limits(usable_cores())
     blocks = max(sizes) * -(-(options.context + MAX_STEPS) // BLOCK_SIZE)
-    runner = load_runner(options.model, num_blocks=blocks, max_num_seqs=max(sizes), progress=False)
+    runner = load_runner(
+        options.model,
+        quantization=options.quantization,
+        num_blocks=blocks,
+        max_num_seqs=max(sizes),
+        progress=False,
+    )
+    expert_bits = 16.0 if options.quantization == "none" else QUANTIZED_BITS[options.quantization] + SCALE_BITS
     replayed = runner.model.ops.recorded(runner.model.compute, runner.model.config)
     print(f"ops {runner.ops}, read {limits.read / 1e9:.1f} GB/s")
     print(f"{'rows':>4} {'calls':>9} {'replay':>9} {'step':>9} {'around':>9} {'memory':>7}")
@@ -128,7 +138,8 @@ def main() -> None:
         for rows in sizes:
             start_rows(runner, rows, options.context, released)
             single, network, step, around = measure(runner, replayed, rows, options.context, options.steps)
-            share = touched_bytes(runner.model.config, runner.weight_bytes, rows) / limits.read / (network / 1e6)
+            touched = touched_bytes(runner.model.config, runner.weight_bytes, expert_bits, rows)
+            share = touched / limits.read / (network / 1e6)
             print(f"{rows:>4} {single:>9.0f} {network:>9.0f} {step:>9.0f} {around:>9.0f} {share:>7.0%}", flush=True)
             released = list(range(rows))
 

@@ -15,7 +15,7 @@ from model.config import CheckpointError, DeepseekConfig, expected_tensors
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANTIZED_BITS = {"int8": 8, "int4": 4}
 """By what `--quantization` asks for."""
-_SCALE_BITS = 0.25
+SCALE_BITS = 0.25
 """Of a weight: 64 share a scale of 16."""
 LONG_CONTEXT = 131_072
 """Tokens of a 128K request."""
@@ -81,7 +81,7 @@ def _bits(name: str, shape: tuple[int, ...], dtype: str, quantization: str) -> f
         return 8 * ITEMSIZES[dtype]
     if name.endswith("kv_a_proj_with_mqa.weight"):
         quantization = "int8"
-    return QUANTIZED_BITS[quantization] + _SCALE_BITS
+    return QUANTIZED_BITS[quantization] + SCALE_BITS
 
 
 def require_memory(

@@ -30,8 +30,8 @@ SANITIZERS = {
     "address": Sanitizer(
         ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         "libasan.so",
-        # Python leaks by design.
-        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        # Python leaks by design; frames kept after a return are aligned too little for vectors of 64 bytes before GCC 12.4.
+        {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
     "thread": Sanitizer(
         ("-fsanitize=thread",),

@@ -30,7 +30,7 @@ SANITIZERS = {
     "address": Sanitizer(
         ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         "libasan.so",
-        # Python leaks by design; frames kept after a return are aligned too little for vectors of 64 bytes before GCC 12.4.
+        # Python leaks by design; before GCC 12.4 frames kept after a return are aligned too little for wide vectors.
         {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
     "thread": Sanitizer(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from scheduler.messages import EngineStats
 from server.api_keys import ApiKey
-from server.errors import Overloaded
+from server.errors import Overloaded, RateLimited
 from server.rate_limit import KeyUsage
 
 MAX_RETRY_AFTER = 60
@@ -73,8 +74,10 @@ class AdmissionGate:
         max_queued_tokens: int,
         keys: Iterable[ApiKey] = (),
         *,
+        on_refusal: Callable[[str], None] = lambda bound: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_refusal` hears which bound was reached: `open_requests`, `queued_tokens` or `rate_limit`."""
         self.max_open_requests = max_open_requests
         self.max_queued_tokens = max_queued_tokens
         self.open_requests = 0
@@ -84,6 +87,7 @@ class AdmissionGate:
         self._is_shared = len(self._usage) > 1
         self._open_of: Counter[bytes] = Counter()
         self._queued_of: Counter[bytes] = Counter()
+        self._on_refusal = on_refusal
         self._clock = clock
         self._stats = EngineStats()
         self._prefill_tokens = 0.0
@@ -99,16 +103,38 @@ class AdmissionGate:
         """
         free = self.max_open_requests - self.open_requests
         if count > free or (self._is_shared and self._open_of[key] + count > free and self._open_of[key]):
-            raise Overloaded(
-                f"The server has {self.open_requests} open requests; {self.max_open_requests} is its limit"
-                f"{', and keys share it' if self._is_shared else ''}. Please retry later.",
-                retry_after=self.retry_after(),
-            )
-        if (usage := self._usage.get(key)) is not None:
-            usage.begin(count, self._open_of[key])
+            raise self._no_place()
+        with self._counting_rate_limits():
+            if (usage := self._usage.get(key)) is not None:
+                usage.begin(count, self._open_of[key])
         self.open_requests += count
         self._open_of[key] += count
         return Ticket(self, count, key)
+
+    @property
+    def is_full(self) -> bool:
+        return self.open_requests >= self.max_open_requests
+
+    def require_place(self) -> None:
+        """Raises Overloaded when all places are taken."""
+        if self.is_full:
+            raise self._no_place()
+
+    def _no_place(self) -> Overloaded:
+        self._on_refusal("open_requests")
+        return Overloaded(
+            f"The server has {self.open_requests} open requests; {self.max_open_requests} is its limit"
+            f"{', and keys share it' if self._is_shared else ''}. Please retry later.",
+            retry_after=self.retry_after(),
+        )
+
+    @contextmanager
+    def _counting_rate_limits(self) -> Iterator[None]:
+        try:
+            yield
+        except RateLimited:
+            self._on_refusal("rate_limit")
+            raise
 
     def rate_limit_headers(self, key: bytes) -> Mapping[str, str]:
         """`x-ratelimit-*` for the answers to this key."""
@@ -136,13 +162,15 @@ class AdmissionGate:
         if (tokens > free and self.queued_tokens) or (
             self._is_shared and self._queued_of[key] + tokens > free and self._queued_of[key]
         ):
+            self._on_refusal("queued_tokens")
             raise Overloaded(
                 f"The server has {self.queued_tokens} prompt tokens to compute; {self.max_queued_tokens} is its limit"
                 f"{', and keys share it' if self._is_shared else ''}. Please retry later.",
                 retry_after=self.retry_after(),
             )
-        if (usage := self._usage.get(key)) is not None:
-            usage.add_prompt(tokens)
+        with self._counting_rate_limits():
+            if (usage := self._usage.get(key)) is not None:
+                usage.add_prompt(tokens)
         self.queued_tokens += tokens
         self._queued_of[key] += tokens
 
@@ -151,7 +179,7 @@ class AdmissionGate:
         self._queued_of[key] -= tokens
 
     def _release(self, count: int, key: bytes) -> None:
-        was_full = self.open_requests >= self.max_open_requests
+        was_full = self.is_full
         self.open_requests -= count
         self._open_of[key] -= count
         now = self._clock()

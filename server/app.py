@@ -53,7 +53,9 @@ def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) 
     served = ServedModel(settings.served_model_name, supervisor)
     metrics = Metrics(served.names[0], supervisor)
     metrics.unauthenticated.set(not settings.api_key and not is_loopback(settings.host))
-    gate = AdmissionGate(settings.max_open_requests, settings.max_queued_tokens, settings.keys)
+    gate = AdmissionGate(
+        settings.max_open_requests, settings.max_queued_tokens, settings.keys, on_refusal=metrics.on_rejection
+    )
 
     def observe(stats: EngineStats) -> None:
         metrics.observe(stats)
@@ -86,7 +88,7 @@ def build_app(settings: Settings, supervisor: Supervisor, tokenizer: Tokenizer) 
             Middleware(
                 DoorMiddleware, api_keys=settings.keys, admin_key=settings.admin_key, host=settings.host, gate=gate
             ),
-            Middleware(BodyMiddleware),
+            Middleware(BodyMiddleware, require_place=generator.require_place),
         ],
         exception_handlers={
             ApiError: handle_error,

@@ -13,7 +13,8 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import uvicorn
 import uvloop
@@ -25,7 +26,7 @@ from server.address import BACKLOG, PortError, bind
 from server.banner import ready_text
 from server.chat_template import TemplateError
 from server.engine_client import ENGINE_COMMAND, EngineStartError
-from server.http_protocol import HttpProtocol
+from server.http_protocol import HttpProtocol, Turnstile
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.tokenizer import TokenizerError
@@ -123,7 +124,7 @@ def _build_server(settings: Settings, config: DeepseekConfig, supervisor: Superv
 def http_config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=HttpProtocol,
+        http=cast(type[HttpProtocol], partial(HttpProtocol, Turnstile())),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -18,7 +17,7 @@ from server import limits
 from server.admission import AdmissionGate, Ticket
 from server.deadlines import Clock, Deadlines
 from server.engine_client import EngineClient, EngineUnavailable
-from server.errors import BadRequest, Cancelled, Overloaded, QueueTimeout, RateLimited, Unavailable
+from server.errors import BadRequest, Cancelled, QueueTimeout, Unavailable
 from server.events import ChoiceEvent
 from server.grammar_check import GrammarChecker
 from server.merge import MergedStreams
@@ -96,6 +95,12 @@ class Generator:
         """What the engine is. Raises Unavailable when it takes no requests."""
         return self.supervisor.require_ready()
 
+    def require_place(self) -> None:
+        """Raises Unavailable when every place at the door is taken."""
+        if self._gate.is_full:
+            self.require_ready()  # a full server that ends should say so
+            self._gate.require_place()
+
     async def generate(self, job: Job, record: RequestRecord) -> AsyncGenerator[ChoiceEvent, None]:
         """The events of all choices: `n` for each prompt, numbered prompt by prompt.
 
@@ -110,9 +115,12 @@ class Generator:
             raise BadRequest(f"n x prompts must be {limits.SEQUENCES.maximum:.0f} at most, not {count}.", param="n")
         if count > self._gate.max_open_requests:
             raise BadRequest(f"This server runs {self._gate.max_open_requests} choices at once at most.", param="n")
-        with self._counting_refusals("open_requests"):
+        try:
             ready = self.require_ready()
-            ticket = self._gate.reserve(count, record.key_digest)
+        except Unavailable:
+            self._metrics.on_rejection("not_ready")
+            raise
+        ticket = self._gate.reserve(count, record.key_digest)
         record.response_id = job.request_id
         answer = _Answer(self, job, record, clock, ticket)
         try:
@@ -120,8 +128,7 @@ class Generator:
                 prompts, params, answer.grammar = await self._prepare(job, ready, clock)
                 record.release_body()
                 answer.check_cancelled()
-                with self._counting_refusals("queued_tokens"):
-                    ticket.enqueue(sum(map(len, prompts)))
+                ticket.enqueue(sum(map(len, prompts)))
                 for number, prompt in enumerate(prompts):
                     answer.submit(number * fields.choices, prompt, params[number])
                 while answer.is_open:
@@ -134,20 +141,6 @@ class Generator:
             answer.abort()
             ticket.release()
             await answer.close()
-
-    @contextmanager
-    def _counting_refusals(self, bound: str) -> Iterator[None]:
-        try:
-            yield
-        except Overloaded:
-            self._metrics.on_rejection(bound)
-            raise
-        except RateLimited:
-            self._metrics.on_rejection("rate_limit")
-            raise
-        except Unavailable:
-            self._metrics.on_rejection("not_ready")
-            raise
 
     async def _prepare(
         self, job: Job, ready: EngineReady, clock: Clock

@@ -9,28 +9,54 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server import limits
 from server.errors import ApiError, BadRequest, HeadersTooLarge, RequestTimeout
+from server.middleware import POLLED_PATHS
 
 access_logger = logging.getLogger("server.access")
 
 HEAD_SECONDS = 10.0
 """From the first byte of a request to the end of its headers."""
+STARTS = 8
+"""Requests that begin in one turn of the event loop."""
 LINGER_SECONDS = 2.0
 """How long what a client still sends is read and dropped after a refusal. Closing at once resets the connection, and
 the client may never see why."""
 
 
+class Turnstile:
+    """Starts requests a few at a time, so that a burst of them does not hold up whoever only asks how we are."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def enter(self, loop: asyncio.AbstractEventLoop, start: Callable[[], None]) -> None:
+        if not self._waiting:
+            loop.call_soon(self._turn, loop)
+        self._waiting.append(start)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        for _ in range(min(STARTS, len(self._waiting))):
+            self._waiting.popleft()()
+        if self._waiting:
+            loop.call_soon(self._turn, loop)
+
+
 class HttpProtocol(HttpToolsProtocol):
     """What cannot be a request is answered once, with our error object, and the connection is closed."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, turnstile: Turnstile, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._turnstile = turnstile
         self._in_head = True
         self._is_ending = False
         self._head_timer: asyncio.TimerHandle | None = None
@@ -87,6 +113,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_head_timer()
         super().on_headers_complete()
         self.cycle.transport = _AnswerTransport(self)  # type: ignore[assignment]
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if cycle.scope["path"] in POLLED_PATHS:
+            super()._start_asgi_task(cycle, app)
+        else:
+            self._turnstile.enter(self.loop, partial(super()._start_asgi_task, cycle, app))
 
     def on_body(self, body: bytes) -> None:
         self._silent_bytes = 0

@@ -2,7 +2,7 @@
 
 RequestMiddleware    id, record, one log line, one count, and the answer to every exception
 DoorMiddleware       the Host, the key
-BodyMiddleware       size and pace of the body
+BodyMiddleware       size and pace of the body, which is not read when there is no place
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -173,8 +173,10 @@ class DoorMiddleware:
 class BodyMiddleware:
     """Bounds the body by what really arrives, chunked or not, before anything parses it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, require_place: Callable[[], None]) -> None:
+        """`require_place` raises when there is no place for a request: asked before its body is read."""
         self._app = app
+        self._require_place = require_place
         self._queued_bytes = 0
         """Of the bodies of all requests, until they are tokens."""
 
@@ -194,6 +196,8 @@ class BodyMiddleware:
             nonlocal size, complete, queued
             if complete:
                 return await receive()  # only the disconnect is left, and that may take as long as the answer
+            if size == 0:
+                self._require_place()  # whoever reads a body wants something that takes a place
             try:
                 async with asyncio.timeout_at(deadline + size / BODY_BYTES_PER_SECOND):
                     message = await receive()

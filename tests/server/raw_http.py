@@ -15,7 +15,6 @@ from uvicorn.server import ServerState
 
 from server.address import bind
 from server.daemon import http_config
-from server.http_protocol import HttpProtocol
 from tests.server.harness import answers, make_app
 
 HOST = b"Host: localhost\r\n"
@@ -58,7 +57,7 @@ async def serving(app: FastAPI | None = None) -> AsyncIterator[int]:
     config.load()
     with bind("127.0.0.1", 0) as listener:
         # As uvicorn.Server does it, which takes a tenth of a second for each start and end.
-        server = await loop.create_server(lambda: HttpProtocol(config, state, {}, loop), sock=listener)
+        server = await loop.create_server(lambda: config.http_protocol_class(config, state, {}, loop), sock=listener)
         try:
             yield listener.getsockname()[1]
         finally:

@@ -14,6 +14,7 @@ from server import generation, sequence, sse
 from server.engine_client import EngineState
 from server.streams import RequestStream
 from tests.server.harness import Answer, ScriptedEngine, answers, chat, finish, ids_of, make_app, post, silent
+from tests.server.raw_http import serving
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -262,3 +263,35 @@ def test_streams_survive_the_shutdown_signal() -> None:
 
     assert "".join(chunk["choices"][0]["text"] for chunk in asyncio.run(run()).events) == "one two"
     assert server.should_exit
+
+
+def test_f18b_clients_that_leave_while_there_is_always_more() -> None:
+    """Nothing spins for them, and the others are answered."""
+
+    def endless(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
+        async def push() -> None:
+            out.push([5], started=Started(0, 0.0, 0.0))
+            while not out.ended:
+                out.push([5])
+                await asyncio.sleep(0.001)
+
+        engine.tasks.append(asyncio.ensure_future(push()))
+
+    async def run() -> None:
+        app, engine = make_app(endless)
+        async with serving(app) as port:
+            body = b'{"prompt": "x", "stream": true}'
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            clients = []
+            for _ in range(8):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                assert await reader.read(1000)
+                clients.append(writer)
+            for writer in clients:
+                writer.transport.abort()
+            async with asyncio.timeout(5):
+                while len(engine.aborted) < 8:
+                    await asyncio.sleep(0.001)
+
+    asyncio.run(run())

@@ -1,0 +1,189 @@
+"""F16, F18, F26, F28 and slow heads: clients that leave, do not read, do not write, or are too many."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.e2e.daemon import Daemon
+from tests.faults.conftest import Measured, StartDaemon
+from tests.faults.traffic import LONG, SHORT
+from tests.faults.wire import HEALTH, Pulse, address, ask, memory, post_bytes, processor_seconds, reset, wait_until
+
+
+@pytest.mark.parametrize("end", [socket.socket.close, reset], ids=["FIN", "RST"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_f16_clients_that_leave_in_every_phase(
+    start: StartDaemon, measured: Measured, stream: bool, end: Callable[[socket.socket], None]
+) -> None:
+    """Waiting, in decode, in prefill."""
+    daemon = start("--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+    body = {**LONG, "stream": stream}
+    busy = [connect(daemon, body) for _ in range(2)]
+    wait_until(lambda: daemon.gauge("vllm:num_requests_running") == 2)
+    queued = connect(daemon, body)
+    wait_until(lambda: daemon.gauge("vllm:num_requests_waiting") == 1)
+    seconds = [seconds_until_gone(lambda: end(queued), lambda: daemon.gauge("vllm:num_requests_waiting") == 0)]
+
+    def leave(*connections: socket.socket) -> None:
+        for connection in connections:
+            end(connection)
+
+    seconds.append(seconds_until_gone(lambda: leave(*busy), lambda: open_requests(daemon) == 0))
+    prefilling = connect(daemon, {**body, "prompt": "The sea and the sky. " * 300})
+    wait_until(lambda: open_requests(daemon) == 1)
+    seconds.append(seconds_until_gone(lambda: leave(prefilling), lambda: open_requests(daemon) == 0))
+    daemon.wait_idle(5)
+    assert httpx.post(f"{daemon.url}/v1/completions", json=SHORT, timeout=30).status_code == 200
+    assert "Traceback" not in daemon.logs
+    measured(
+        "F16", f"{'streamed' if stream else 'whole'}: waiting, decode, prefill: {[round(s, 2) for s in seconds]} s"
+    )
+
+
+def open_requests(daemon: Daemon) -> int:
+    return int(httpx.get(f"{daemon.url}/load").json()["server_load"])
+
+
+def connect(daemon: Daemon, body: dict[str, object]) -> socket.socket:
+    connection = socket.create_connection(address(daemon.url))
+    connection.sendall(post_bytes(body))
+    return connection
+
+
+def seconds_until_gone(leave: Callable[[], object], is_gone: Callable[[], bool]) -> float:
+    started = time.monotonic()
+    leave()
+    wait_until(is_gone, 5)
+    return time.monotonic() - started
+
+
+def test_f18_sixty_four_clients_that_do_not_read(start: StartDaemon, measured: Measured) -> None:
+    daemon = start("--max-num-seqs", "80", "--max-num-batched-tokens", "512")
+    body = {**LONG, "stream": True, "max_tokens": 3000}
+    before = memory(daemon.process.pid)
+    stalled = []
+    for _ in range(64):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(address(daemon.url))
+        connection.sendall(post_bytes(body))
+        stalled.append(connection)
+    wait_until(lambda: daemon.gauge("vllm:num_requests_running") == 64)
+    started = time.monotonic()
+    answer = httpx.post(f"{daemon.url}/v1/completions", json={**SHORT, "max_tokens": 50}, timeout=60)
+    assert answer.status_code == 200  # nobody waits for them
+    seconds = time.monotonic() - started
+    time.sleep(15)
+    held = (memory(daemon.process.pid) - before) / 64
+    assert held < 256 * 1024
+    for connection in stalled:
+        reset(connection)
+    daemon.wait_idle(10)
+    measured("F18", f"{held / 1024:.0f} KiB for each after 15 s; 50 tokens for another client took {seconds:.1f} s")
+
+
+def test_f26_no_file_left_for_a_connection(start: StartDaemon, measured: Measured) -> None:
+    daemon = start()
+    with httpx.stream("POST", f"{daemon.url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        subprocess.run(["prlimit", "--pid", str(daemon.process.pid), "--nofile=64:64"], check=True)
+        crowd = [socket.create_connection(address(daemon.url)) for _ in range(200)]
+        before = processor_seconds(daemon.process.pid)
+        for _ in range(100):
+            assert next(lines) is not None  # the stream goes on
+        time.sleep(2)
+        used = processor_seconds(daemon.process.pid) - before
+        for connection in crowd:
+            connection.close()
+        started = time.monotonic()
+        while True:
+            try:
+                assert httpx.get(f"{daemon.url}/health", timeout=5).status_code == 200
+                break
+            except httpx.TransportError:
+                assert time.monotonic() - started < 5
+        measured("F26", f"the stream went on, {used:.1f} s of processor time in 2 s, answers again at once")
+    assert daemon.process.poll() is None
+    assert "Traceback" not in daemon.logs
+
+
+@pytest.fixture
+def many_files() -> int:
+    """How many connections this process may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return min(10_000, hard - 1000)
+
+
+def test_f28_ten_thousand_idle_connections(start: StartDaemon, measured: Measured, many_files: int) -> None:
+    daemon = start()
+    before = memory(daemon.process.pid)
+
+    async def run() -> None:
+        idle = []
+        for index in range(many_files):
+            connection = socket.socket()
+            connection.bind((f"127.0.0.{2 + index // 5000}", 0))
+            connection.connect(address(daemon.url))
+            idle.append(connection)
+        await ask(daemon.url, HEALTH)  # all of them are accepted by now
+        grown = memory(daemon.process.pid) - before
+        async with Pulse(daemon.url) as pulse:
+            await asyncio.sleep(4)
+        for connection in idle:
+            connection.close()
+        assert grown < 300 * 2**20
+        assert pulse.p99 < 0.25
+        measured("F28", f"{len(idle)}: {grown / 2**20:.0f} MiB more, p99 of /health {1000 * pulse.p99:.0f} ms")
+
+    asyncio.run(run())
+
+
+def test_slow_heads_hold_up_nobody_and_end(start: StartDaemon, measured: Measured) -> None:
+    daemon = start()
+
+    async def run() -> None:
+        async with Pulse(daemon.url) as alone:
+            await asyncio.sleep(3)
+        slow = [socket.create_connection(address(daemon.url)) for _ in range(1000)]
+        for connection in slow:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        started = time.monotonic()
+        async with Pulse(daemon.url) as beside:
+            await asyncio.sleep(5)
+        for connection in slow:
+            connection.settimeout(10)
+            assert (await asyncio.to_thread(connection.recv, 100)).startswith(b"HTTP/1.1 408 ")
+        ended = time.monotonic() - started
+        assert ended < 15
+        assert beside.p99 < max(1.2 * alone.p99, alone.p99 + 0.02)
+        measured(
+            "F30",
+            f"1,000 unfinished heads: 408 after {ended:.1f} s; p99 of /health {1000 * alone.p99:.0f} ms without and "
+            f"{1000 * beside.p99:.0f} ms with them",
+        )
+        for connection in slow:
+            connection.close()
+
+    asyncio.run(run())
+
+
+def test_one_listening_socket_and_no_other_connection(start: StartDaemon) -> None:
+    daemon = start()
+    assert httpx.post(f"{daemon.url}/v1/completions", json=SHORT, timeout=30).status_code == 200
+    lines = subprocess.run(["ss", "-Htanup"], capture_output=True, text=True, check=True).stdout.splitlines()
+    pids = (daemon.process.pid, daemon.engine_pid)
+    ours = [line.split() for line in lines if any(f"pid={pid}," in line for pid in pids)]
+    port = address(daemon.url)[1]
+    listening = [fields for fields in ours if fields[1] == "LISTEN"]
+    assert [fields[4] for fields in listening] == [f"127.0.0.1:{port}"]
+    assert all(fields[4].endswith(f":{port}") for fields in ours)

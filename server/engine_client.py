@@ -96,6 +96,8 @@ class EngineClient:
         self.fatal_prompts: list[bytes] = []
         """Prompts that were being computed when the engine failed by itself: what it named, or all that were open."""
         self.stats = EngineStats()
+        self.longest_step = 0.0
+        """Seconds, of all its steps so far."""
         self.unknown_ids = 0
         """Outputs for requests that are not open here: what was under way when they were aborted."""
         self.on_stats = on_stats
@@ -283,6 +285,7 @@ class EngineClient:
 
     def _take_stats(self, stats: EngineStats) -> None:
         self.stats = stats
+        self.longest_step = max(self.longest_step, stats.step_seconds)
         if self.on_stats is not None:
             self.on_stats(stats)
 

@@ -150,7 +150,8 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that one step of the engine may take before it is taken for dead and started again.",
+        description="Seconds that one step of the engine may take before it is taken for dead and started again. "
+        "A large --max-num-batched-tokens on a slow machine needs more.",
     )
     strict: bool = Field(False, description="Refuse requests with fields that the server does not know.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")

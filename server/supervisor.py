@@ -33,6 +33,9 @@ _FIRST_START_SECONDS = 2.0
 _DRAIN_SECONDS = 5
 """After which another replica, or the next daemon at this address, may answer."""
 _TICK_SECONDS = 1.0
+_PATIENCE = 4
+"""How much longer than the longest step so far one may take: on a slow machine steps with a long context take more than
+any fixed limit, but they grow by less from one to the next."""
 
 
 class Supervisor:
@@ -46,8 +49,8 @@ class Supervisor:
         command: Sequence[str] = ENGINE_COMMAND,
         pauses: Sequence[float] = RESTART_PAUSES,
     ) -> None:
-        """`stall_seconds`: how long one step may take, or the engine be silent; loading and warming up have no limit.
-        `pauses` is for tests, as `command` is.
+        """`stall_seconds`: how long one step may take, or the engine be silent, unless steps have become that long by
+        and by; loading and warming up have no limit. `pauses` is for tests, as `command` is.
         """
         self.on_stats: Callable[[EngineStats], None] | None = None
         """Called with the figures of every step and heartbeat; with empty ones when an engine has died."""
@@ -183,10 +186,11 @@ class Supervisor:
                 if time.monotonic() - slept > 2 * tick:
                     continue  # it was we who were held up: what the engine has sent meanwhile may still be unread
                 age = self.step_age
-                if age >= self._stall_seconds:
+                limit = max(self._stall_seconds, _PATIENCE * engine.longest_step)
+                if age >= limit:
                     self._what_happened = "stalled"
                     engine.kill(f"no step ended for {age:.1f} s")
-                elif age < self._stall_seconds / 2:
+                elif age < limit / 2:
                     is_suspect = False
                 elif not is_suspect:
                     is_suspect = True

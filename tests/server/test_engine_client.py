@@ -346,6 +346,7 @@ def test_figures_of_steps_and_heartbeats_are_reported() -> None:
         await until(lambda: len(figures) > reported, 2)
         assert engine.stats == figures[-1]
         assert (figures[-1].num_running, figures[-1].prompt_tokens) == (0, 10)
+        assert engine.longest_step == max(figure.step_seconds for figure in figures) > 0
 
     with_engine(scenario)
 

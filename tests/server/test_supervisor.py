@@ -210,34 +210,58 @@ def test_a_short_stop_is_forgiven() -> None:
     supervise(scenario, "--step-seconds", "0.002", stall_seconds=3.0)
 
 
+class WatchedEngine:
+    """What the watchdog sees of an engine."""
+
+    state = EngineState.READY
+    step_age = 100.0
+    longest_step = 0.0
+    killed = False
+
+    async def wait_down(self) -> None:
+        await asyncio.Event().wait()
+
+    def kill(self, reason: str) -> None:
+        self.killed = True
+
+    def dump_stacks(self) -> None:
+        pass
+
+    def watch(self) -> asyncio.Task[None]:
+        """With a limit of one second."""
+        supervisor = Supervisor(EngineConfig(model_dir="/none"), stall_seconds=1.0)
+        supervisor.engine = self  # type: ignore[assignment]
+        return asyncio.create_task(supervisor._until_down(supervisor.engine))
+
+
 def test_a_front_end_that_was_held_up_reads_before_it_judges() -> None:
     """Which it may have no chance to between being held up and the watchdog's turn."""
 
-    class Engine:
-        state = EngineState.READY
-        step_age = 100.0
-        killed = False
-
-        async def wait_down(self) -> None:
-            await asyncio.Event().wait()
-
-        def kill(self, reason: str) -> None:
-            self.killed = True
-
-        def dump_stacks(self) -> None:
-            pass
-
     async def run() -> None:
-        supervisor, engine = Supervisor(EngineConfig(model_dir="/none"), stall_seconds=1.0), Engine()
-        supervisor.engine = engine  # type: ignore[assignment]
+        engine = WatchedEngine()
         loop = asyncio.get_running_loop()
-        watching = asyncio.create_task(supervisor._until_down(supervisor.engine))
+        watching = engine.watch()
         loop.call_later(0.05, time.sleep, 0.5)
         loop.call_later(0.6, setattr, engine, "step_age", 0.0)  # what has come meanwhile is read
         await asyncio.sleep(0.8)
         assert not engine.killed
         engine.step_age = 100.0
         await asyncio.sleep(0.3)
+        assert engine.killed
+        watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_machine_whose_steps_take_long_gets_more_time() -> None:
+    async def run() -> None:
+        engine = WatchedEngine()
+        engine.longest_step, engine.step_age = 0.5, 1.9
+        watching = engine.watch()
+        await asyncio.sleep(0.5)
+        assert not engine.killed
+        engine.step_age = 2.1
+        await asyncio.sleep(0.5)
         assert engine.killed
         watching.cancel()
 

@@ -35,13 +35,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from model.batch import ForwardBatch, Logprobs, NewRow, SampledTokens, ScheduledRow
 from scheduler.block_hash import chain_hashes, root_hash
-from scheduler.block_pool import BlockPool, InvariantError
+from scheduler.block_pool import BlockPool
 from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason, Started
 from scheduler.ngram import NgramDrafter
 from scheduler.request import Request, RequestStatus
@@ -599,56 +599,6 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-    def check(self) -> None:
-        """Verify every invariant of scheduler and pool, O(requests + blocks). Raises InvariantError."""
-        self.pool.check()
-        held = [request for request in self._holders if request is not None]
-        references = Counter(block for request in held for block in request.block_table)
-        in_flight = Counter(request for _, requests in self._steps for request in requests)
-        pending = Counter(
-            request
-            for batch, requests in self._steps
-            for row, request in zip(batch.rows, requests, strict=True)
-            if row.sample
-        )
-        claims = {
-            "references and block tables": all(
-                self.pool.ref_count(block) == references[block] for block in range(self.pool.num_blocks)
-            ),
-            "rows": sorted(self._free_rows + [r.row for r in held if r.row is not None])
-            == list(range(len(self._holders)))
-            and all(r.row is not None and self._holders[r.row] is r for r in held),
-            "live requests": {*self._running, *self._waiting} == set(self._requests.values()),
-            "order": list(self._running) == sorted(self._running, key=lambda r: r.order),
-            "waiting tokens": self._waiting_tokens == sum(r.num_prompt_tokens for r in self._waiting),
-            "terminal events": not self._finished.keys() & self._requests.keys(),
-        }
-        for request in {*held, *self._requests.values(), *in_flight}:
-            status = request.status
-            claims[f"{request.request_id}: row and blocks"] = (request.row is None) <= (not request.block_table) and (
-                (request.row is not None) == (status is RequestStatus.RUNNING or request.steps_in_flight > 0)
-            )
-            claims[f"{request.request_id}: steps in flight"] = request.steps_in_flight == in_flight[request]
-            claims[f"{request.request_id}: hashes"] = len(request.block_hashes) * self.block_size <= len(request.tokens)
-            if status is not RequestStatus.FINISHED:
-                claims[f"{request.request_id}: tokens"] = (
-                    request.num_tokens == len(request.tokens) + pending[request] <= request.max_num_tokens
-                )
-            if status is RequestStatus.RUNNING:
-                claims[f"{request.request_id}: computed tokens"] = (
-                    request in self._running
-                    and 0 < request.num_computed_tokens < request.num_tokens
-                    and len(request.block_table) == self._num_blocks(request.num_computed_tokens)
-                )
-            claims[f"{request.request_id}: drafts"] = not request.drafts or (
-                status is not RequestStatus.WAITING
-                and request.steps_in_flight <= 1
-                and (request.num_tokens + len(request.drafts) <= request.max_num_tokens or not request.steps_in_flight)
-            )
-        broken = [name for name, holds in claims.items() if not holds]
-        if broken:
-            raise InvariantError(f"scheduler: {'; '.join(broken)}")
 
 
 def _until_end(token_ids: list[int], stop_token_ids: frozenset[int]) -> list[int]:

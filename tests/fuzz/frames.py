@@ -23,7 +23,7 @@ from model.batch import Logprobs, SamplingParams
 from scheduler.block_pool import BlockPool
 from scheduler.channel import ClientChannel, EngineChannel, FrameDecoder, ProtocolError, encode_frame
 from scheduler.config import EngineConfig
-from scheduler.engine import Engine, Reader
+from scheduler.main_loop import Engine
 from scheduler.messages import (
     AbortRequests,
     AddRequest,
@@ -43,6 +43,7 @@ from scheduler.messages import (
     ToEngine,
 )
 from scheduler.outbox import Outbox
+from scheduler.reader import Reader
 from scheduler.scheduler import Scheduler, StepResult
 from server.engine_client import EngineClient, EngineState
 from server.streams import Delta, RequestStream

@@ -15,6 +15,7 @@ from scheduler.config import BLOCK_SIZE
 from scheduler.messages import AddRequest
 from scheduler.ngram import MAX_DRAFTS, NgramDrafter
 from scheduler.scheduler import Scheduler
+from tests.scheduler.invariants import check
 
 NUM_ROWS = 32
 
@@ -135,7 +136,7 @@ class Engine:
                     column[request_id].extend(entries)
             for request_id, new in zip(result.request_ids, result.token_ids, strict=True):
                 tokens[request_id] += new
-        self.scheduler.check()
+        check(self.scheduler)
         after = self.scheduler.stats()
         return Outcome(
             tokens=list(tokens.values()),

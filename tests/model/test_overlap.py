@@ -22,12 +22,14 @@ from model.runner import ModelRunner, load_runner
 from scheduler.block_pool import BlockPool
 from scheduler.channel import EngineChannel
 from scheduler.config import BLOCK_SIZE
-from scheduler.engine import Engine, Inbox
 from scheduler.grammar import CheckpointGrammars
+from scheduler.main_loop import Engine
 from scheduler.messages import AbortRequests, AddRequest, Finished, FinishReason, Grammar, Shutdown
 from scheduler.outbox import Outbox
+from scheduler.reader import Inbox
 from scheduler.scheduler import Scheduler
 from tests.checkpoints import make_checkpoint
+from tests.scheduler.invariants import check
 
 TOKENIZER = Path(__file__).parents[2] / "model" / "builtin"
 
@@ -108,7 +110,7 @@ def serve(
         inbox.put(scheduler.make_request(message))
     inbox.put(Shutdown(1000.0))
     Engine(scheduler, watched, grammars, inbox, outbox, overlap).run()
-    scheduler.check()
+    check(scheduler)
     assert scheduler.pool.free_count == num_blocks
     assert not len(grammars)
     output = outbox.take(0)

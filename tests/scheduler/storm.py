@@ -23,6 +23,7 @@ from tests.scheduler.fake_worker import (
     request_message,
     run_alone,
 )
+from tests.scheduler.invariants import check
 
 ABORT = Finished(reason=FinishReason.ABORT)
 OUT_OF_MEMORY = Finished(reason=FinishReason.ERROR, code="out_of_memory")
@@ -163,10 +164,10 @@ class SchedulerStorm(RuleBasedStateMachine):
     def steps(self, times: int) -> None:
         for _ in range(times):
             self.schedule()
-            self.scheduler.check()
+            check(self.scheduler)
             if self.results and (len(self.results) == self.depth or times % 2):
                 self.update()
-                self.scheduler.check()
+                check(self.scheduler)
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())
@@ -206,7 +207,7 @@ class SchedulerStorm(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         if hasattr(self, "scheduler"):
-            self.scheduler.check()
+            check(self.scheduler)
 
     def deliver(self, result: StepResult) -> None:
         for request_id, done in result.progress.items():

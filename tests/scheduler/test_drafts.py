@@ -10,6 +10,7 @@ from model.batch import Logprobs
 from scheduler.messages import Finished, FinishReason, Grammar
 from scheduler.ngram import MAX_DRAFTS, NgramDrafter
 from tests.scheduler.fake_worker import NAN_SEED_BIT, request_message, run_alone
+from tests.scheduler.invariants import check
 from tests.scheduler.test_scheduler import Bench
 
 ABORT = Finished(reason=FinishReason.ABORT)
@@ -194,7 +195,7 @@ def test_a_request_preempted_with_drafts_in_flight_loses_nothing(monkeypatch: py
     batch, sampled = bench.plan()
     assert batch.rows[0].drafts
     bench.scheduler._preempt(bench.scheduler._running[-1])
-    bench.scheduler.check()
+    check(bench.scheduler)
     bench.process(sampled)
     bench.run()
     assert bench.output["a"] == answer([1, 2, 3], 20)

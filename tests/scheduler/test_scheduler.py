@@ -21,6 +21,7 @@ from tests.scheduler.fake_worker import (
     run_alone,
     worker_for,
 )
+from tests.scheduler.invariants import check
 
 ABORT = Finished(reason=FinishReason.ABORT, message="gone")
 
@@ -52,13 +53,13 @@ class Bench:
     def plan(self) -> tuple[ForwardBatch, SampledTokens]:
         batch = self.scheduler.schedule()
         assert batch is not None
-        self.scheduler.check()
+        check(self.scheduler)
         return batch, self.worker.execute(batch)
 
     def process(self, sampled: SampledTokens) -> StepResult:
         self.worker.processed_step = sampled.step
         result = self.scheduler.update(sampled)
-        self.scheduler.check()
+        check(self.scheduler)
         for request_id, token_ids in zip(result.request_ids, result.token_ids, strict=True):
             self.output.setdefault(request_id, []).extend(token_ids)
         assert not self.finished.keys() & result.finished.keys()
@@ -692,7 +693,7 @@ def test_finish_is_idempotent_and_counts_unknown_ids() -> None:
     for request_id in ("running", "waiting"):
         assert bench.scheduler.finish(request_id, ABORT)
         assert not bench.scheduler.finish(request_id, ABORT)
-        bench.scheduler.check()
+        check(bench.scheduler)
     assert not bench.scheduler.finish("never seen", ABORT)
     assert bench.scheduler.stats().unknown_ids == 3
     assert not bench.scheduler.has_work
@@ -788,7 +789,7 @@ def test_check_finds_every_kind_of_damage(damage: Any) -> None:
     bench.step()
     damage(bench.scheduler)
     with pytest.raises(InvariantError):
-        bench.scheduler.check()
+        check(bench.scheduler)
 
 
 def test_128k_tokens_take_2048_blocks_and_a_second_request_computes_at_most_a_block() -> None:
@@ -819,7 +820,7 @@ def test_128k_tokens_take_2048_blocks_and_a_second_request_computes_at_most_a_bl
         computed.append(tokens)
         assert fewest_free == 0
     assert computed == [131_000, 131_000 % 64]
-    scheduler.check()
+    check(scheduler)
     assert pool.free_count == 2048
 
 
@@ -834,4 +835,4 @@ def test_ten_thousand_waiting_requests_are_ordinary() -> None:
     assert time.perf_counter() - start < 2.0
     assert not bench.scheduler.has_work
     assert len(bench.scheduler.take_finished()) == 10_000
-    bench.scheduler.check()
+    check(bench.scheduler)

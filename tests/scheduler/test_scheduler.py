@@ -826,13 +826,13 @@ def test_128k_tokens_take_2048_blocks_and_a_second_request_computes_at_most_a_bl
 
 def test_ten_thousand_waiting_requests_are_ordinary() -> None:
     bench = Bench(num_blocks=64, max_num_seqs=1)
-    start = time.perf_counter()
+    start = time.process_time()
     for index in range(10_000):
         bench.add(str(index), [1, 2, 3], priority=index % 3)
     bench.step()
     for index in random.Random(0).sample(range(10_000), 10_000):
         assert bench.scheduler.finish(str(index), ABORT)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert not bench.scheduler.has_work
     assert len(bench.scheduler.take_finished()) == 10_000
     check(bench.scheduler)

@@ -1,4 +1,4 @@
-"""The CUDA worker on one GPU, in one command of ten minutes: `python -m benchmarks.gpu_suite --out FOLDER`.
+"""The CUDA worker on one GPU, in one command of 16 minutes at most: `python -m benchmarks.gpu_suite --out FOLDER`.
 
 Groups run in this order, each in a process of its own and for so many seconds at most; a crash takes only its group
 along, and what a group has found is written at once (FOLDER/results.jsonl).
@@ -8,7 +8,12 @@ along, and what a group has found is written at once (FOLDER/results.jsonl).
 - model: four layers against plain torch in float32, replayed against launched, and a row alone against the same row
   among others;
 - kernels: each kernel alone, on memory that no cache holds, beside the card's limits;
-- step: the whole network, decoding steps and prompts, beside the roofline of the measured limits.
+- step: the whole network, decoding steps and prompts, beside the roofline of the measured limits;
+- sampling: logits to tokens;
+- engine: requests through scheduler and worker, one step at a time and overlapped, and with quantised weights;
+- http: the daemon on a small checkpoint;
+- transformers: its `generate` on the same shape, where it is installed;
+- tiles: a sweep over the experts' tiles; OUT/tiles.json can take the place of `model/ops/cuda/tiles.json`.
 
 Weights are random and made on the card, so routing is nearly uniform: real models touch fewer experts. `--toy` runs
 the same code on a CPU under Triton's interpreter, at sizes of no interest: what it times means nothing.
@@ -24,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +40,8 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks import gpu_serving
+from benchmarks.gpu_serving import clocked
 from benchmarks.make_checkpoint import SHAPES, Noise
 from model.config import DeepseekConfig, expected_tensors, load_config
 from model.deepseek import DeepseekForCausalLM
@@ -50,9 +56,10 @@ from model.ops.eager.ops import EagerOps
 from model.ops.interface import LinearWeight, Network, Ops, SwigluWeights
 
 SECONDS = {"facts": 60, "tests": 150, "model": 60, "kernels": 120, "step": 180}
+SECONDS |= {"sampling": 40, "engine": 150, "http": 120, "transformers": 120, "tiles": 120}
 L2_BYTES = 256 << 20
 """Every kernel is timed on more memory than this, in turn."""
-TOY = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32} | {
+TOY = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64} | {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -103,30 +110,17 @@ class Suite:
         for call in calls[:2]:
             call()
         if self.device.type != "cuda":
-            return _clocked(calls[0], 1)
+            return clocked(calls[0], 1)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
         graph.replay()
-        return statistics.median(_clocked(graph.replay, 1) for _ in range(rounds)) / len(calls)
+        return statistics.median(clocked(graph.replay, 1) for _ in range(rounds)) / len(calls)
 
     def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, scale)
-
-
-def _clocked(call: Callable[[], object], times: int) -> float:
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    wait()
-    return (time.perf_counter() - start) / times
 
 
 class RandomWeights:
@@ -329,7 +323,7 @@ def step(suite: Suite) -> bool:
     for rows, context in shapes:
         inputs = step_inputs(suite, 1, [context] * rows, blocks)
         replayed(inputs, cache)
-        seconds = _clocked(partial(replayed, inputs, cache), 1 if suite.toy else 20)
+        seconds = clocked(partial(replayed, inputs, cache), 1 if suite.toy else 20)
         limit = roofline(config, limits, rows, context, suite.dtype.itemsize)
         suite.report(
             "step", f"decode {rows} x {context}", ms=seconds * 1e3, **{"tok/s": rows / seconds}, share=limit / seconds
@@ -337,7 +331,7 @@ def step(suite: Suite) -> bool:
     for tokens in (5,) if suite.toy else (512, 2048, 8192, 32768):
         inputs = step_inputs(suite, tokens, [tokens], blocks)
         compute(inputs, cache)
-        seconds = _clocked(partial(compute, inputs, cache), 1 if suite.toy else 3)
+        seconds = clocked(partial(compute, inputs, cache), 1 if suite.toy else 3)
         suite.report("step", f"prompt of {tokens}", ms=seconds * 1e3, **{"tok/s": tokens / seconds})
     return True
 
@@ -348,6 +342,11 @@ GROUPS: dict[str, Callable[[Suite], bool]] = {
     "model": model,
     "kernels": kernels,
     "step": step,
+    "sampling": gpu_serving.sampling,
+    "engine": gpu_serving.engine,
+    "http": gpu_serving.http,
+    "transformers": gpu_serving.transformers,
+    "tiles": gpu_serving.tiles,
 }
 
 
@@ -362,6 +361,7 @@ def run_group(name: str, out: Path, shape: str, toy: bool) -> int:
     if name == "model" and not toy:
         values = values | {"num_hidden_layers": 4}
     device, dtype = (torch.device("cpu"), torch.float32) if toy else (torch.device("cuda"), torch.bfloat16)
+    (out / "config.json").write_text(json.dumps(values))
     with torch.inference_mode():
         return 0 if GROUPS[name](Suite(read_config(values), device, dtype, out, toy)) else 1
 

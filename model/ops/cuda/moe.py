@@ -6,6 +6,8 @@ times activations: the side of a Hopper tensor core that is 64 wide then is a we
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,22 +33,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(tokens: int) -> Tile:
-    """By the tokens of a step: weights are what is read in small ones, tensor cores what is busy in large ones."""
-    if tokens <= 32:
-        return Tile(16, 64, 128, 4, 4)
-    if tokens <= 96:
-        return Tile(32, 64, 128, 4, 4)
-    if tokens <= 512:
-        return Tile(64, 64, 128, 4, 3)
-    return Tile(128, 128, 64, 8, 3)
+_TILES = json.loads(Path(__file__).with_name("tiles.json").read_text())
+"""By what weights are: the tile of steps of up to so many tokens. `benchmarks.gpu_suite` measures such a table. With
+quantised weights a tile takes a group at a time, to whose product a scale applies."""
 
 
-def quantized_tile_of(tokens: int) -> Tile:
-    """`inner` is the group's size: a scale applies to a whole tile. More of these small ones are in flight."""
-    if tokens <= 32:
-        return Tile(16, 64, 64, 4, 6)
-    return Tile(32, 64, 64, 4, 5) if tokens <= 96 else Tile(64, 64, 64, 8, 4)
+def tile_of(tokens: int, bits: int) -> Tile:
+    """Weights are what is read in small steps, tensor cores what is busy in large ones."""
+    table = _TILES["bfloat16" if bits == 16 else "quantized"]
+    return Tile(*next(tile for most, *tile in table if tokens <= most))
 
 
 class _Weight(NamedTuple):
@@ -74,8 +69,16 @@ def _weight(weight: LinearWeight) -> _Weight:
     return _Weight(weight, weight, out_features * in_features, 0, 16, (out_features, in_features))
 
 
-def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeights | None, residual: Tensor) -> Tensor:
-    """As `Ops.moe`. A token whose experts are -1 touches no weights and gives its residual."""
+def moe(
+    x: Tensor,
+    routing: Routing,
+    experts: SwigluWeights,
+    shared: SwigluWeights | None,
+    residual: Tensor,
+    tile: Tile | None = None,
+) -> Tensor:
+    """As `Ops.moe`, by the `tile` of steps of this size or by another. A token whose experts are -1 touches no weights
+    and gives its residual."""
     gate_up, down = _weight(experts.gate_up), _weight(experts.down)
     hidden, width = down.shape
     num_experts = len(down.data)
@@ -84,7 +87,7 @@ def moe(x: Tensor, routing: Routing, experts: SwigluWeights, shared: SwigluWeigh
     num_shared = 0 if shared is None else shared_down.shape[1] // width
     tokens, per_token = routing.experts.shape
     pairs = tokens * (per_token + num_shared)
-    tile = tile_of(tokens) if down.bits == 16 else quantized_tile_of(tokens)
+    tile = tile or tile_of(tokens, down.bits)
     direct = pairs <= DIRECT_PAIRS
     if direct:
         blocks, block_pairs, block_experts = pairs, routing.experts, routing.experts

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.cuda import moe as kernels
+from model.ops.cuda import quantized
 from model.ops.cuda.align import align
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Routing, SwigluWeights
@@ -103,14 +104,14 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     assert relative_error(kernels.silu_mul(gate_up), F.silu(gate) * up) < TOLERANCE[dtype]
 
 
-def test_every_size_of_step_has_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_size_of_step_has_a_tile() -> None:
     """All tiles give the same, whatever step they were made for."""
-    tiles = {kernels.tile_of(tokens) for tokens in (1, 64, 256, 4096)}
+    tiles = {kernels.tile_of(tokens, 16) for tokens in (1, 64, 256, 4096)}
     assert len(tiles) == 4
+    assert {kernels.tile_of(tokens, 4).inner for tokens in (1, 64, 256, 4096)} == {quantized.GROUP.value}
     experts = swiglu(EXPERTS, width=WIDTH, dtype=torch.float32, seed=1)
     routing = routing_of(14, 3, hot=True)
     x, residual = randn(14, HIDDEN, seed=7), torch.zeros(14, HIDDEN, device=DEVICE)
     exact = EagerOps().moe(x, Routing(routing.experts.long(), routing.weights), experts, None, residual)
     for tile in tiles:
-        monkeypatch.setattr(kernels, "tile_of", lambda _, tile=tile: tile)
-        assert relative_error(kernels.moe(x, routing, experts, None, residual), exact) < TOLERANCE[torch.float32]
+        assert relative_error(kernels.moe(x, routing, experts, None, residual, tile), exact) < TOLERANCE[torch.float32]

@@ -71,6 +71,11 @@ class SamplingInputs:
         """Which of the S rows have any penalty."""
         return np.flatnonzero((self.repetition != 1.0) | (self.presence != 0.0) | (self.frequency != 0.0))
 
+    @property
+    def truncates(self) -> bool:
+        """Some row has a top_k, top_p or min_p."""
+        return bool(self.top_k.any() or (self.top_p < 1.0).any() or self.min_p.any())
+
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
     """One token id for each row of `logits` [S, V] float32 (overwritten), int64 [S]; -1 where a row is not finite or
@@ -82,11 +87,9 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
     if inputs is None:
         return greedy(logits)
     finite = _are_finite(logits)
+    constrain(logits, inputs)
     for limits in inputs.limits:
-        limit(logits[limits.index], limits)
         finite[limits.index] &= logits[limits.index].amax() > -torch.inf
-    for index in inputs.penalised.tolist():
-        penalise(logits[index], inputs, index)
     chosen = argmax(logits)
     drawn = np.flatnonzero(inputs.temperature > 0)
     slice_rows = max(1, SLICE_ELEMENTS // logits.shape[1])
@@ -94,6 +97,14 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
         rows = drawn[first : first + slice_rows]
         chosen[torch.from_numpy(rows).to(logits.device)] = draw(logits, inputs, rows)
     return torch.where(finite, chosen, -1)
+
+
+def constrain(logits: torch.Tensor, inputs: SamplingInputs) -> None:
+    """Apply limits, then penalties, to `logits` [S, V] in place."""
+    for limits in inputs.limits:
+        limit(logits[limits.index], limits)
+    for index in inputs.penalised.tolist():
+        penalise(logits[index], inputs, index)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:

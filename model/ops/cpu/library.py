@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.ops.cpu.build import LIBRARY, X86_64
 
-ABI = 3
+ABI = 4
 """LATENTD_ABI of the library that this file describes."""
 
 ISAS = (*X86_64, "portable")
@@ -77,6 +77,7 @@ SIGNATURES = {
     "gather": "n pprip",
     "rotation": "n ppfripp",
     "argmax": "n piip",
+    "draw": "n piipppp",
     "rope_and_cache": "n pipipfppppii",
     "attention_workspace": "s p",
     "attention": "n pipiipiippppw",
@@ -111,6 +112,7 @@ class Library:
         self._gather = functions["gather"]
         self._rotation = functions["rotation"]
         self._argmax = functions["argmax"]
+        self._draw = functions["draw"]
         self._rope_and_cache = functions["rope_and_cache"]
         self._attention = functions["attention"]
         self._router = functions["router"]
@@ -181,6 +183,13 @@ class Library:
     def argmax(self, x: Tensor, chosen: Tensor) -> None:
         """x [M, N] float32, contiguous; chosen [M] int64: the first of the largest, -1 where not all are finite."""
         self._argmax(x.data_ptr(), *x.shape, chosen.data_ptr())
+
+    def draw(self, x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, chosen: Tensor) -> None:
+        """x [M, N] float32, contiguous, without NaN; temperature [M] float64; seed, position and chosen [M] int64."""
+        self._draw(
+            *(x.data_ptr(), *x.shape, temperature.data_ptr(), seed.data_ptr(), position.data_ptr()),
+            chosen.data_ptr(),
+        )
 
     def rope_and_cache(
         self,

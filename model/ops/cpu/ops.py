@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
 from model.ops.cpu.replay import Recorder, Replay, StepRows
 from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
-from model.sampler import SamplingInputs, sample
+from model.sampler import SamplingInputs, constrain, sample
 
 K_MULTIPLE = 32
 """Of the width of a weight's rows."""
@@ -116,11 +117,18 @@ class CpuOps:
         return y
 
     def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
-        if inputs is not None:
+        if inputs is not None and inputs.truncates:
             return sample(logits, inputs)
-        chosen = torch.empty(len(logits), dtype=torch.int64)
-        self._library.argmax(logits, chosen)
-        return chosen
+        best = torch.empty(logits.shape[0], dtype=torch.int64)
+        self._library.argmax(logits, best)
+        if inputs is None:
+            return best
+        logits[best < 0] = -torch.inf  # so that nothing is drawn there
+        constrain(logits, inputs)
+        drawn = torch.empty_like(best)
+        temperature, position = torch.from_numpy(inputs.temperature), torch.from_numpy(inputs.position)
+        self._library.draw(logits, temperature, torch.from_numpy(inputs.seed.view(np.int64)), position, drawn)
+        return drawn
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         y = self._library.empty((len(index), table.shape[1]), dtype=torch.bfloat16)

@@ -1,12 +1,12 @@
 // Compiled once for every instruction set, with ISA as the namespace of all it contains.
 #include "kernels.h"
 
-#include "argmax.h"
 #include "attention.h"
 #include "linear.h"
 #include "moe.h"
 #include "norm.h"
 #include "router.h"
+#include "sampler.h"
 
 namespace ISA {
 
@@ -18,6 +18,7 @@ const latentd::Kernels kernels = {
     .gather = gather,
     .rotation = rotation,
     .argmax = argmax,
+    .draw = draw,
     .rope_and_cache = rope_and_cache,
     .attention_workspace = attention_workspace,
     .attention = attention,

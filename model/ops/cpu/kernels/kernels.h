@@ -13,6 +13,7 @@ struct Kernels {
     decltype(&latentd_gather) gather;
     decltype(&latentd_rotation) rotation;
     decltype(&latentd_argmax) argmax;
+    decltype(&latentd_draw) draw;
     decltype(&latentd_rope_and_cache) rope_and_cache;
     decltype(&latentd_attention_workspace) attention_workspace;
     decltype(&latentd_attention) attention;

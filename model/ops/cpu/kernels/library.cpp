@@ -103,6 +103,11 @@ void latentd_argmax(const float* x, int64_t m, int64_t n, int64_t* index) {
     chosen->kernels->argmax(x, m, n, index);
 }
 
+void latentd_draw(const float* x, int64_t m, int64_t n, const double* temperature, const uint64_t* seed,
+                  const int64_t* position, int64_t* index) {
+    chosen->kernels->draw(x, m, n, temperature, seed, position, index);
+}
+
 void latentd_rope_and_cache(const latentd_attention_shape* shape, int64_t layer, const uint16_t* kv, int64_t ldkv,
                             const uint16_t* norm_weight, float eps, const float* cosines, const float* sines,
                             const int64_t* slot_mapping, uint16_t* q_rope, int64_t token_stride, int64_t head_stride) {

@@ -22,7 +22,8 @@ from typing import Any
 from tests.e2e.daemon import Daemon
 
 CLIENTS = 8
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 300.0
+"""More than a starved machine needs: what takes longer hangs."""
 MAX_ERROR_BYTES = 8192
 
 _MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is the capital of Italy?"}]

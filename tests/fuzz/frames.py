@@ -48,6 +48,7 @@ from scheduler.scheduler import Scheduler, StepResult
 from server.engine_client import EngineClient, EngineState
 from server.streams import Delta, RequestStream
 from tests.scheduler.fake_engine import EOS_TOKEN_ID, VOCAB_SIZE, FakeGrammars, FakeRunner
+from tests.scheduler.invariants import check
 
 HANG_SECONDS = 60
 STEPS_EVERY = 40
@@ -244,7 +245,7 @@ class EngineEnd:
             self.reader.inbox.put(AbortRequests(list(self.engine.open_ids)))
             self._compute(2)
             assert self.scheduler.pool.free_count == self.scheduler.pool.num_blocks
-            self.scheduler.check()
+            check(self.scheduler)
 
     def _compute(self, steps: int) -> None:
         for _ in range(steps):

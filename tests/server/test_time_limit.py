@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -35,6 +36,10 @@ def endless() -> None:
 
 def test_what_does_not_end_is_ended_and_the_thread_goes_on() -> None:
     assert run_each(endless, lambda: 1, endless, lambda: 2) == [TimeoutError, 1, TimeoutError, 2]
+
+
+def test_only_time_on_a_processor_counts() -> None:
+    assert run_each(lambda: time.sleep(0.5) or 1, seconds=0.1) == [1]
 
 
 def test_errors_and_results_are_the_functions() -> None:

@@ -121,5 +121,8 @@ def _cors(origins: Sequence[str]) -> Middleware:
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
-        expose_headers=("X-Request-Id", "Request-Id", "Retry-After", "Server-Timing", "X-Ignored-Fields"),
+        expose_headers=(
+            *("X-Request-Id", "Request-Id", "Retry-After", "Server-Timing", "X-Ignored-Fields"),
+            *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+        ),
     )

@@ -10,6 +10,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from server import limits
 from server.errors import BadRequest, UnsupportedMediaType, UnsupportedParameter, invalid_fields
 from server.schemas.sampling import IGNORED
 
@@ -18,8 +19,14 @@ Model = TypeVar("Model", bound=BaseModel)
 Neutral = Mapping[str, Sequence[object]]
 """Field that is known and not built -> the values beside null that ask for nothing."""
 
+FREE_FORM = frozenset(
+    {"tools", "functions", "response_format", "structured_outputs", "chat_template_kwargs", "metadata"}
+)
+"""Fields that may hold any JSON: as objects in memory it is a hundred times larger than as text."""
 _MAX_NEUTRAL_BYTES = 64
 """No neutral value is longer; a longer one is not even decoded."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
+"""For valid JSON only: where a string does not end, the search would begin anew at each quote."""
 _MAX_HEADER_NAMES = 32
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -50,6 +57,7 @@ def parse_body(
         raise BadRequest("The body must be a JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRequest("The body is not valid JSON.") from None
+    _check_size(body, fields)
     for name in unsupported.keys() & fields.keys():
         if not _is_neutral(fields[name], unsupported[name]):
             raise UnsupportedParameter(f"'{name}' is not supported by this server with this value.", param=name)
@@ -69,6 +77,20 @@ def parse_body(
         param = unknown[0] if _NAME.fullmatch(unknown[0]) else None
         raise BadRequest("This field is not known to the server.", param=param, code="unknown_parameter")
     return parsed, unread
+
+
+def _check_size(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
+    """Whether valid JSON stays small enough as objects in memory. Raises BadRequest."""
+    for name in FREE_FORM & fields.keys():
+        if memoryview(fields[name]).nbytes > (most := limits.FREE_FORM_BYTES.maximum):
+            raise BadRequest(f"'{name}' may have {most} bytes at most, as JSON.", param=name)
+    most = limits.JSON_OBJECTS.maximum
+    if _openings(body) > most and _openings(_STRING.sub(b"", body)) > most:
+        raise BadRequest(f"The body may have {most} objects and lists at most.")
+
+
+def _openings(text: bytes) -> int:
+    return text.count(b"{") + text.count(b"[")
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:

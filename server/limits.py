@@ -25,6 +25,13 @@ MAX_BODY_BYTES = Limit("body", 16 * 2**20, "bytes", "request body")
 QUEUED_BODY_BYTES = Limit("queued_bodies", 32 * 2**20, "bytes", "bodies of all requests that are not tokenized yet")
 MAX_HEADER_BYTES = Limit("headers", 32 * 2**10, "bytes", "URL and headers of a request")
 MAX_HEADERS = Limit("header_count", 100, "headers", "request headers")
+FREE_FORM_BYTES = Limit(
+    "free_form",
+    2 * 2**20,
+    "bytes",
+    "tools, functions, response_format, structured_outputs, chat_template_kwargs, metadata, each as JSON",
+)
+JSON_OBJECTS = Limit("json_objects", 100_000, "objects and lists", "request body")
 MAX_JSON_DEPTH = Limit("json_depth", 200, "nested levels", "each field of the body")
 MAX_REQUEST_ID = Limit("request_id", 128, "characters", "X-Request-Id")
 MESSAGES = Limit("messages", 4096, "messages", "messages", 1)
@@ -88,6 +95,8 @@ LIMITS: tuple[Limit, ...] = (
     QUEUED_BODY_BYTES,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
+    FREE_FORM_BYTES,
+    JSON_OBJECTS,
     MAX_JSON_DEPTH,
     MAX_REQUEST_ID,
     MESSAGES,

@@ -30,6 +30,18 @@ def request_for(limit: Limit, value: int | float) -> tuple[str, bytes, list[tupl
             return path, text + b" " * (integer - len(text)), headers
         case "json_depth":
             return path, b'{"prompt": "x", "unknown": ' + b"[" * integer + b"]" * integer + b"}", headers
+        case "json_objects":
+            # Each with a text that looks like one more.
+            return (
+                path,
+                b'{"prompt": "x", "user": "[", "unknown": [%b]}' % b",".join([b'["{"]'] * (integer - 2)),
+                headers,
+            )
+        case "free_form":
+            function = {"name": "f", "description": ""}
+            tools = [{"type": "function", "function": function}]
+            function["description"] = "d" * (integer - len(json.dumps(tools)))
+            path, body = CHAT, chat(tools=tools)
         case "messages":
             path, body = CHAT, {"messages": [message] * integer}
         case "content_parts":
@@ -121,6 +133,7 @@ test_text_slices. Bodies together: test_overload. Schemas and grammars: test_str
 ROWS = [limit for limit in LIMITS if limit.name not in ELSEWHERE]
 STATUS = {"body": 413}
 PARAM: dict[str, Callable[[str], bool]] = {
+    "free_form": lambda param: param == "tools",
     "content_parts": lambda param: param == "messages[0].content",
     "name": lambda param: param == "messages[0].name",
     "prompt_ids": lambda param: param == "prompt",
@@ -144,10 +157,10 @@ def by_name(limit: Limit) -> str:
 def test_maximum(limit: Limit) -> None:
     refused = send(limit, above(limit))
     assert refused.status == STATUS.get(limit.name, 400)
-    if refused.status == 400 and limit.name != "json_depth":
+    if refused.status == 400 and limit.name not in ("json_depth", "json_objects"):
         assert PARAM.get(limit.name, lambda param: param == limit.name)(refused.error["param"])
     passed = send(limit, limit.maximum)
-    if limit.name in ("token_id", "prompt_ids", "messages", "content_parts", "tool_calls"):
+    if limit.name in ("token_id", "prompt_ids", "messages", "content_parts", "tool_calls", "free_form"):
         # In the table's range, and then too much for this model.
         error = passed.error
         assert error["code"] == "context_length_exceeded" or "vocabulary" in error["message"]

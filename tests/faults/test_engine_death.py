@@ -131,7 +131,7 @@ def test_f4_a_stopped_engine_is_dead_after_the_limit(start: StartDaemon, measure
     asyncio.run(run())
     daemon.wait_ready_again(60)
     assert "no step of the engine has ended for" in daemon.logs
-    assert "engine is down: no step ended for" in daemon.logs
+    assert "was killed by SIGKILL (no step ended for" in daemon.logs
     daemon.wait_idle(2)
     assert daemon.stop() == 0
 

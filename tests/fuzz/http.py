@@ -239,7 +239,7 @@ def main() -> None:
         try:
             fuzz = Fuzz(daemon, arguments.seed, 60 * arguments.minutes)
             asyncio.run(fuzz.run())
-            faults = fuzz.faults
+            faults = []  # what is wrong in the end comes first
             if daemon.engine_pid != engine:
                 faults.append("the engine died")
             try:
@@ -252,6 +252,7 @@ def main() -> None:
                 faults.append(daemon.logs[place - 300 : place + 3000])
         finally:
             daemon.process.kill()
+    faults += fuzz.faults
     print(f"{fuzz.statuses.total()} requests: {dict(fuzz.statuses)}; the slowest took {fuzz.slowest:.1f} s")
     for fault in faults[:20]:
         print(f"FAULT: {fault}")

@@ -36,7 +36,7 @@ def test_nothing_is_spilled_and_everything_fits(capability: int) -> None:
     kernels = compiled(capability)
     assert {kernel["kernel"] for kernel in kernels} == {
         *("_rms_norm", "_rope_and_cache", "_split", "_merge", "_prefill", "_route"),
-        *("_align", "_up", "_down", "_sum", "_silu_mul", "_choose", "_mask"),
+        *("_align", "_up", "_down", "_sum", "_silu_mul", "_choose", "_mask", "_linear"),
     }
     for kernel in kernels:
         assert kernel["reg"] > 0

@@ -33,18 +33,33 @@ class Clock:
     @property
     def time_left(self) -> float | None:
         """Seconds; None without a limit."""
-        limits = (self._timeout, self._deadlines.total, None if self.has_started else self._deadlines.queue)
-        limit = min((each for each in limits if each is not None), default=None)
-        return None if limit is None else self.arrival + limit - time.monotonic()
+        limits = self._limits()
+        return self.arrival + _first(limits)[0] - time.monotonic() if limits else None
 
     def error(self) -> ApiError:
-        """What a client gets when no time is left."""
-        spent = time.monotonic() - self.arrival
-        if self._timeout is not None and spent >= self._timeout:
-            return DeadlineExceeded()
-        if self._deadlines.total is not None and spent >= self._deadlines.total:
-            return TimeLimitExceeded()
+        """What a client gets when no time is left: that of the limit which ends first. Not by the time that has
+        passed: a timer may be early by a millisecond."""
+        return _first(self._limits())[1]()
+
+    def _limits(self) -> list[_Limit]:
+        queue = None if self.has_started else self._deadlines.queue
+        limits: tuple[tuple[float | None, Callable[[], ApiError]], ...] = (
+            (self._timeout, DeadlineExceeded),
+            (self._deadlines.total, TimeLimitExceeded),
+            (queue, self._waited_too_long),
+        )
+        return [(seconds, error) for seconds, error in limits if seconds is not None]
+
+    def _waited_too_long(self) -> QueueTimeout:
         return QueueTimeout(
             f"The request did not start within {self._deadlines.queue} seconds. Please retry later.",
             retry_after=self._retry_after(),
         )
+
+
+_Limit = tuple[float, Callable[[], ApiError]]
+"""Seconds since the arrival, and the error of whoever takes longer."""
+
+
+def _first(limits: list[_Limit]) -> _Limit:
+    return min(limits, key=lambda limit: limit[0])

@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint types unit test-e2e test-slow test-faults test-soak test-fuzz fuzz-frames audit test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-gpu bench-peers bench-real-size docs format clean
+.PHONY: help serve install dev test lint types unit test-e2e test-slow test-faults test-soak fuzz-http fuzz-frames audit test-kernels test-sanitizers test-wheel test-clients test-schemathesis test-lm-eval eval-builtin bench bench-long bench-gpu bench-peers bench-real-size docs format clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,7 +55,7 @@ test-faults: dev ## kill, stop and starve real daemons (minutes); ends with the 
 test-soak: dev ## half an hour of mixed traffic on a daemon whose engine is killed again and again (ARGS="--minutes 5")
 	$(BIN)/python -m tests.soak $(ARGS)
 
-test-fuzz: dev ## an hour of bent HTTP requests against a daemon (ARGS="--minutes 5")
+fuzz-http: dev ## an hour of bent HTTP requests against a daemon (ARGS="--minutes 5")
 	$(BIN)/python -m tests.fuzz.http $(ARGS)
 
 fuzz-frames: dev ## random and mutated frames at both ends of the channel: FRAMES=1000000 SEED=0

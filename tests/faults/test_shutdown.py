@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +41,26 @@ async def begin(client: httpx.AsyncClient, count: int, **more: Any) -> tuple[lis
     return streams, tasks
 
 
+@contextlib.asynccontextmanager
+async def unchanged(client: httpx.AsyncClient, count: int, **more: Any) -> AsyncIterator[None]:
+    """Streams that have begun; whatever is done inside, they must end as they do when nothing is done."""
+    undisturbed, tasks = await begin(client, count, **more)
+    await asyncio.gather(*tasks)
+    streams, tasks = await begin(client, count, **more)
+    yield
+    await asyncio.gather(*tasks)
+    assert [seen.text for seen in streams] == [seen.text for seen in undisturbed]
+    assert all(seen.done == 1 and not seen.errors for seen in streams)
+
+
 def test_f5_a_front_end_that_is_stopped_for_ten_seconds(start: StartDaemon, measured: Measured) -> None:
     daemon = start("--stall-timeout", "5")
 
     async def run() -> None:
-        async with client_of(daemon.url) as client:
-            undisturbed, tasks = await begin(client, 8)
-            await asyncio.gather(*tasks)
-            streams, tasks = await begin(client, 8)
+        async with client_of(daemon.url) as client, unchanged(client, 8):
             daemon.process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(10)
             daemon.process.send_signal(signal.SIGCONT)
-            await asyncio.gather(*tasks)
-            assert [seen.text for seen in streams] == [seen.text for seen in undisturbed]
-            assert all(seen.done == 1 and not seen.errors for seen in streams)
 
     asyncio.run(run())
     assert daemon.gauge("latentd_engine_restarts_total") == 0
@@ -93,10 +101,7 @@ def test_f20_a_drain_that_is_long_enough(start: StartDaemon, measured: Measured)
     daemon = start("--drain-timeout", "60")
 
     async def run() -> None:
-        async with client_of(daemon.url) as client:
-            undisturbed, tasks = await begin(client, 8)
-            await asyncio.gather(*tasks)
-            streams, tasks = await begin(client, 8)
+        async with client_of(daemon.url) as client, unchanged(client, 8):
             daemon.process.send_signal(signal.SIGTERM)
             told = time.monotonic()
             while (await client.get("/ready")).status_code != 503:
@@ -106,9 +111,6 @@ def test_f20_a_drain_that_is_long_enough(start: StartDaemon, measured: Measured)
             late = await client.post("/v1/completions", json=SHORT)
             assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
             assert int(late.headers["retry-after"]) >= 1
-            await asyncio.gather(*tasks)
-            assert [seen.text for seen in streams] == [seen.text for seen in undisturbed]
-            assert all(seen.done == 1 and not seen.errors for seen in streams)
 
     asyncio.run(run())
     assert daemon.process.wait(10) == 0
@@ -208,19 +210,13 @@ def test_f25_the_clock_jumps(tmp_path: Path, measured: Measured) -> None:
     daemon = Daemon(tmp_path, "--stall-timeout", "5", environment=environment)
 
     async def run() -> None:
-        async with client_of(daemon.url) as client:
-            undisturbed, tasks = await begin(client, 4)
-            await asyncio.gather(*tasks)
+        async with client_of(daemon.url) as client, unchanged(client, 4, timeout=120):
             before = (await client.post("/v1/completions", json=SHORT)).json()["created"]
-            streams, tasks = await begin(client, 4, timeout=120)
             file.touch()
             after = (await client.post("/v1/completions", json=SHORT)).json()["created"]
             assert 7000 < after - before < 8000
             file.unlink()
             await asyncio.sleep(2)
-            await asyncio.gather(*tasks)
-            assert [seen.text for seen in streams] == [seen.text for seen in undisturbed]
-            assert all(seen.done == 1 and not seen.errors for seen in streams)
 
     try:
         asyncio.run(run())

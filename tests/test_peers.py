@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from benchmarks.cpu_kernels import Limits
 from benchmarks.make_checkpoint import SHAPES
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import results
+from benchmarks.peers import host, results
 from benchmarks.peers.limits import limit
 from benchmarks.peers.load import Run
 from benchmarks.peers.scenarios import SCENARIOS, Figure, Scenario
@@ -109,6 +110,15 @@ def test_a_short_run_against_the_daemon(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(found.median(figure) > 0 for figure in figures)
     assert found.peak_mib >= found.resident_mib > 50
     assert 0 <= found.foreign_cpu <= 1
+
+
+@pytest.mark.parametrize("session", ["", "/autogroup-838 nice 0\n"])
+def test_it_runs_where_the_system_does_not_share_among_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: str
+) -> None:
+    monkeypatch.setattr(host, "SESSION", tmp_path / "autogroup")
+    host.SESSION.write_text(session)
+    host._share_priority(os.getpid())
 
 
 def test_a_server_that_does_not_start_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

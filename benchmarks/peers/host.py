@@ -20,6 +20,7 @@ from benchmarks.peers.servers import Server
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
 TICKS = os.sysconf("SC_CLK_TCK")
+SESSION = Path("/proc/self/autogroup")
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,21 @@ def raised_priority() -> Iterator[None]:
 
     Linux shares the processor among sessions before it shares it within one, so nice alone does nothing between them.
     """
-    session = Path("/proc/self/autogroup")
     with contextlib.suppress(OSError):
-        session.write_text("-20")
+        SESSION.write_text("-20")
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            session.write_text("0")
+            SESSION.write_text("0")
 
 
 def _share_priority(root: int) -> None:
     """For sessions that a server starts, such as our engine's, which would count as others."""
     with contextlib.suppress(OSError):
-        nice = Path("/proc/self/autogroup").read_text().split()[-1]
-        for pid in _tree(root):
-            Path(f"/proc/{pid}/autogroup").write_text(nice)
+        if session := SESSION.read_text().split():  # empty where the system does not share among sessions
+            for pid in _tree(root):
+                Path(f"/proc/{pid}/autogroup").write_text(session[-1])
 
 
 def machine_cpu_s() -> float:

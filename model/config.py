@@ -1,13 +1,12 @@
 """What a checkpoint's `config.json` says, checked: every number the network is built from, and nothing guessed.
 
-Names are those of the papers (DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437; YaRN, arXiv 2309.00071).
-Two spellings exist for several fields, that of DeepSeek's own repositories and that of transformers 5; both are
-read. What cannot be computed rightly is refused with one line that names the file and the field. No torch here.
+Names are those of the papers (DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437). Two spellings exist for
+several fields, that of DeepSeek's own repositories and that of transformers 5; both are read. What cannot be computed
+rightly is refused with one line that names the file and the field. No torch here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,39 +14,12 @@ from typing import Any
 
 from model.json_file import REQUIRED, Fields, read_json_object, shown
 from model.json_file import CheckpointError as CheckpointError
+from model.rope_config import RopeConfig, read_rope
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 MAX_EXPERTS = 1 << 16
 """Routed experts of all layers together (Kimi-K2, the largest, has 23,040): bounds the names to be checked."""
-_YARN_CHECKED = frozenset({"type", "rope_type", "rope_theta", "attention_factor", "truncate", "partial_rotary_factor"})
-
-
-@dataclass(frozen=True, slots=True)
-class YarnConfig:
-    """Static YaRN (arXiv 2309.00071): applied at every length, also below `original_max_position_embeddings`."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def magnitude(self, mscale: float) -> float:
-        """m(s, k) = 0.1 k ln s + 1, and 1 where nothing is stretched (s <= 1)."""
-        return 1.0 if self.factor <= 1.0 else 0.1 * mscale * math.log(self.factor) + 1.0
-
-    @property
-    def amplitude(self) -> float:
-        """What cos and sin are multiplied by: 1 in every public checkpoint, where both mscales are equal."""
-        return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    theta: float
-    yarn: YarnConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +165,7 @@ def load_config(model_dir: Path) -> DeepseekConfig:
         attention_bias=fields.flag("attention_bias", False),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         max_position_embeddings=fields.integer("max_position_embeddings", 1, 1 << 24, 4096 if is_v3 else 2048),
-        rope=_read_rope(fields),
+        rope=read_rope(fields),
         num_nextn_predict_layers=fields.integer(
             fields.first_of("num_nextn_predict_layers", "num_mtp_layers"), 0, 64, 0
         ),
@@ -365,57 +337,6 @@ def _read_moe(fields: Fields, num_hidden_layers: int, is_v3: bool) -> dict[str, 
         "first_k_dense_replace": fields.integer("first_k_dense_replace", 0, num_hidden_layers, needed),
         "moe_layer_freq": fields.integer("moe_layer_freq", 1, 1024, 1),
     }
-
-
-def _read_rope(fields: Fields) -> RopeConfig:
-    """`rope_scaling` (hub) or `rope_parameters` (transformers 5); where both stand they must agree."""
-    theta = fields.number("rope_theta", 1.000001, 1e12, 10000.0)
-    found = {
-        name: _read_rope_dict(fields, name, theta)
-        for name in ("rope_scaling", "rope_parameters")
-        if fields.values.get(name)
-    }
-    ropes = list(found.values()) or [RopeConfig(theta)]
-    if any(rope != ropes[0] for rope in ropes):
-        raise fields.fail("rope_scaling", "contradicts rope_parameters")
-    return ropes[0]
-
-
-def _read_rope_dict(parent: Fields, name: str, theta: float) -> RopeConfig:
-    values = parent.values[name]
-    if not isinstance(values, dict):
-        raise parent.fail(name, f"must be an object, not {shown(values)}")
-    fields = Fields(parent.file, values, f"{name}.")
-    theta = fields.number("rope_theta", 1.000001, 1e12, theta)
-    kind = fields.text(fields.first_of("rope_type", "type"), "default")
-    if kind not in ("default", "yarn"):
-        raise fields.fail("rope_type", f"{shown(kind)} is not supported (only default and yarn)")
-    if fields.number("partial_rotary_factor", -1e9, 1e9, 1.0) != 1.0:
-        raise fields.fail("partial_rotary_factor", "must be 1")
-    if kind == "default":
-        if values.get("mrope_section") is not None:
-            raise fields.fail("mrope_section", "is not supported")
-        return RopeConfig(theta)
-    understood = {field.name for field in dataclasses.fields(YarnConfig)} | _YARN_CHECKED
-    if unknown := sorted(values.keys() - understood):
-        raise fields.fail(unknown[0], "is not known for yarn and may change the rotation")
-    if not fields.flag("truncate", True):
-        raise fields.fail("truncate", "false is not supported")
-    mscale, mscale_all_dim = values.get("mscale"), values.get("mscale_all_dim")
-    if (mscale is None) != (mscale_all_dim is None):
-        raise fields.fail("mscale", "and mscale_all_dim must both be given or both be absent")
-    yarn = YarnConfig(
-        factor=fields.number("factor", 1.0, 1e6),
-        original_max_position_embeddings=fields.integer("original_max_position_embeddings", 1, 1 << 24),
-        beta_fast=fields.number("beta_fast", 1e-6, 1e6, 32.0),
-        beta_slow=fields.number("beta_slow", 1e-6, 1e6, 1.0),
-        mscale=fields.number("mscale", 0.0, 100.0, 1.0),
-        mscale_all_dim=fields.number("mscale_all_dim", 0.0, 100.0, 0.0),
-    )
-    attention_factor = fields.number("attention_factor", 0.0, 1e6, None)
-    if attention_factor is not None and not math.isclose(attention_factor, yarn.amplitude, rel_tol=1e-6):
-        raise fields.fail("attention_factor", f"must be {yarn.amplitude:.6g}, as the mscales give, or absent")
-    return RopeConfig(theta, yarn)
 
 
 def _generation_fields(model_dir: Path) -> Fields | None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import DeepseekConfig, RopeConfig
+from model.config import DeepseekConfig
+from model.rope_config import RopeConfig
 
 
 def reference_logits(

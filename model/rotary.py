@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.config import RopeConfig
+from model.rope_config import RopeConfig
 
 
 class Rotation(NamedTuple):

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from server.schemas import messages, responses
+from server.schemas import messages, response_events
 from server.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from server.schemas.completion import Completion, CompletionRequest
 from server.schemas.error import AnthropicErrorResponse, ErrorResponse
@@ -22,7 +22,8 @@ from server.schemas.examples import EXAMPLES
 from server.schemas.info import Cancelled, Load, PrefixCacheReset, ServerInfo
 from server.schemas.messages import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCount
 from server.schemas.models import Health, Model, ModelList, Version
-from server.schemas.responses import ResponseObject, ResponsesRequest
+from server.schemas.response_events import ResponseObject
+from server.schemas.responses import ResponsesRequest
 from server.schemas.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -56,7 +57,7 @@ _STRUCTS = (
     TokenizerInfo,
     Version,
     *messages.EVENTS,
-    *responses.EVENTS,
+    *response_events.EVENTS,
 )
 _REQUESTS = (
     ChatCompletionRequest,

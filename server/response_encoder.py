@@ -12,7 +12,7 @@ import msgspec
 
 from server.errors import ApiError
 from server.events import ChoiceEvent, Counts, TokenLogprob, ToolCallDelta
-from server.schemas import responses as wire
+from server.schemas import response_events as wire
 from server.schemas.chat import ChatLogprob
 
 Spell = Callable[[Iterable[TokenLogprob]], list[ChatLogprob]]

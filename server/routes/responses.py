@@ -18,7 +18,8 @@ from server.openapi import completion_docs
 from server.response_encoder import ResponseEncoder
 from server.routes.translated import answer, chat_request
 from server.schemas import responses as wire
-from server.schemas.responses import EVENTS, UNSUPPORTED, ResponseObject, ResponsesRequest
+from server.schemas.response_events import EVENTS, ReasoningConfig, ResponseObject, TextConfig
+from server.schemas.responses import UNSUPPORTED, ResponsesRequest
 from server.served import ServedModel
 from server.tokenizer import Tokenizer
 
@@ -102,11 +103,9 @@ def new_response(body: ResponsesRequest, model: str) -> ResponseObject:
         metadata=body.metadata or {},
         model=model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        reasoning=wire.ReasoningConfig(effort=None if body.reasoning is None else body.reasoning.effort),
+        reasoning=ReasoningConfig(effort=None if body.reasoning is None else body.reasoning.effort),
         temperature=body.temperature,
-        text=wire.TextConfig(
-            format={"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)
-        ),
+        text=TextConfig(format={"type": "text"} if text is None else text.model_dump(by_alias=True, exclude_none=True)),
         tool_choice=body.tool_choice.model_dump()
         if isinstance(body.tool_choice, wire.ChosenFunction)
         else body.tool_choice or "auto",

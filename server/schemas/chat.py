@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from server import limits
 from server.schemas import sampling
-from server.schemas.sampling import SamplingFields, StrictModel, integer, string_or_list
+from server.schemas.sampling import SamplingFields, StrictModel, by_type, integer, string_or_list
 from server.schemas.usage import AnswerTimings, FinishReason, PromptProgress, Usage
 
 
@@ -25,11 +25,6 @@ class RefusalPart(StrictModel):
     refusal: str
 
 
-def _kind_of_part(value: object) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return {"text": "<text>", "input_text": "<text>", "refusal": "<refusal>"}.get(str(kind))
-
-
 def _kind_of_tool_choice(value: object) -> str | None:
     if isinstance(value, str):
         return "<word>"
@@ -39,7 +34,7 @@ def _kind_of_tool_choice(value: object) -> str | None:
 Part = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
     Discriminator(
-        _kind_of_part,
+        by_type(("text", "input_text"), "refusal"),
         custom_error_type="part_type",
         custom_error_message="Only text parts are supported: this model reads text only",
     ),

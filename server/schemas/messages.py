@@ -8,7 +8,7 @@ import msgspec
 from pydantic import Discriminator, Field, Tag
 
 from server import limits
-from server.schemas.sampling import StopString, StrictModel, integer, number, string_or_list
+from server.schemas.sampling import StopString, StrictModel, by_type, integer, number, string_or_list
 
 # ---------------------------------------------------------------- request
 
@@ -36,11 +36,6 @@ class InputToolUse(StrictModel):
     input: dict[str, Any]
 
 
-def _kind_of(value: object, kinds: tuple[str, ...]) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if kind in kinds else None
-
-
 TextContent = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[Annotated[list[InputTextBlock], Field(max_length=int(limits.CONTENT_PARTS.maximum))], Tag("<list>")],
@@ -66,7 +61,7 @@ Block = Annotated[
     | Annotated[InputToolUse, Tag("<tool_use>")]
     | Annotated[InputToolResult, Tag("<tool_result>")],
     Discriminator(
-        lambda value: _kind_of(value, _BLOCKS),
+        by_type(*_BLOCKS),
         custom_error_type="block_type",
         custom_error_message=f"Only blocks of these types are supported: {', '.join(_BLOCKS)}",
     ),

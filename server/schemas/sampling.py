@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -51,6 +52,19 @@ def _check_bias(bias: dict[str, float]) -> dict[str, float]:
 def string_or_list(value: object) -> str | None:
     """The tag of a union's branch, for pydantic's Discriminator."""
     return "<string>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def by_type(*types: str | tuple[str, ...], absent: str | None = None) -> Callable[[object], str | None]:
+    """Likewise, for objects that `type` tells apart: `<type>`, or None for another. Those of a tuple have the tag of
+    its first. `absent`: what an object without one is."""
+    groups = [(group,) if isinstance(group, str) else group for group in types]
+    tags = {name: f"<{group[0]}>" for group in groups for name in group}
+
+    def tag(value: object) -> str | None:
+        kind = value.get("type", absent) if isinstance(value, dict) else getattr(value, "type", None)
+        return tags.get(kind) if isinstance(kind, str) else None
+
+    return tag
 
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import DeepseekConfig, RopeConfig
+from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.eager import attention
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Routing, SwigluWeights, unpacked
+from model.rope_config import RopeConfig
 from model.rotary import Rotation, inverse_frequencies, rotate_pairs, rotation
 
 CONFIG = DeepseekConfig(

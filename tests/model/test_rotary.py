@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from model.config import RopeConfig, YarnConfig
+from model.rope_config import RopeConfig, YarnConfig
 from model.rotary import inverse_frequencies, rotate_pairs, rotation
 
 V2_LITE = RopeConfig(10000.0, YarnConfig(40, 4096, 32, 1, 0.707, 0.707))

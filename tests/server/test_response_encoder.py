@@ -14,7 +14,7 @@ from server.errors import InternalError
 from server.events import ChoiceEvent, Counts, TokenLogprob, ToolCallDelta
 from server.logprobs import chat_logprobs
 from server.response_encoder import ResponseEncoder
-from server.schemas.responses import ReasoningConfig, ResponseObject, TextConfig
+from server.schemas.response_events import ReasoningConfig, ResponseObject, TextConfig
 
 COUNTS = Counts(prompt_tokens=7, cached_tokens=3, completion_tokens=5, reasoning_tokens=2)
 EVENT: TypeAdapter[Any] = TypeAdapter(sdk.ResponseStreamEvent)

@@ -27,7 +27,8 @@ from scheduler.outbox import Outbox
 from scheduler.process_end import one_line
 from scheduler.reader import Inbox, Refused
 from scheduler.request import Request
-from scheduler.scheduler import Scheduler, StepResult
+from scheduler.scheduler import Scheduler
+from scheduler.step_result import StepResult
 from scheduler.worker import Grammars, Launched, Runner
 
 logger = logging.getLogger("engine")

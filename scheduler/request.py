@@ -7,7 +7,13 @@ from array import array
 from dataclasses import dataclass, field
 
 from model.batch import SamplingParams
+from scheduler.messages import Finished, FinishReason
 from scheduler.ngram import NgramDrafter
+
+NAN_LOGITS = Finished(
+    reason=FinishReason.ERROR, code="nan_logits", message="the model produced logits that are not finite"
+)
+_LENGTH = Finished(reason=FinishReason.LENGTH)
 
 
 class RequestStatus(enum.Enum):
@@ -20,7 +26,7 @@ class RequestStatus(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Written by `Scheduler` alone, once it was added.
+    """Written by `Scheduler` and its parts alone, once it was added.
 
     A request holds its row and its blocks together, from admission until the last step that refers to
     them was processed. That can be a step later than the end of its running: a preempted or finished
@@ -77,3 +83,21 @@ class Request:
     """(priority, arrival): unique, and the order of everything."""
     steps_in_flight: int = 0
     num_preemptions: int = 0
+
+    def until_end(self, token_ids: list[int]) -> list[int]:
+        """Those of newly sampled ones that count: up to the first that ends the request, and none whose logits were
+        broken."""
+        for index, token_id in enumerate(token_ids):
+            if token_id == -1:
+                return token_ids[:index]
+            if token_id in self.stop_token_ids:
+                return token_ids[: index + 1]
+        return token_ids
+
+    def end_of(self, new: list[int], broken: bool) -> Finished | None:
+        """How it ends with its newest tokens, if it does. `broken`: the logits behind them were not finite."""
+        if new and new[-1] in self.stop_token_ids:
+            return Finished(reason=FinishReason.STOP, stop_token_id=new[-1])
+        if broken:
+            return NAN_LOGITS
+        return _LENGTH if len(self.tokens) >= self.max_num_tokens else None

@@ -21,6 +21,8 @@ class WaitingQueue:
         self._turns: dict[str, int] = {}
         """Tenant -> the number of its latest turn; as many as there ever were, and they are API keys."""
         self._num_turns = 0
+        self.num_tokens = 0
+        """Of their prompts."""
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -45,10 +47,12 @@ class WaitingQueue:
 
     def insert(self, request: Request) -> None:
         self._queues.setdefault(request.tenant, RequestQueue()).insert(request)
+        self.num_tokens += request.num_prompt_tokens
 
     def remove(self, request: Request) -> None:
         queue = self._queues[request.tenant]
         queue.remove(request)
+        self.num_tokens -= request.num_prompt_tokens
         if not queue:
             del self._queues[request.tenant]
 

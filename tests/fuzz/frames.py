@@ -44,7 +44,8 @@ from scheduler.messages import (
 )
 from scheduler.outbox import Outbox
 from scheduler.reader import Reader
-from scheduler.scheduler import Scheduler, StepResult
+from scheduler.scheduler import Scheduler
+from scheduler.step_result import StepResult
 from server.engine_client import EngineClient, EngineState
 from server.streams import Delta, RequestStream
 from tests.scheduler.fake_engine import EOS_TOKEN_ID, VOCAB_SIZE, FakeGrammars, FakeRunner

@@ -12,7 +12,8 @@ from scheduler.scheduler import Scheduler
 def check(scheduler: Scheduler) -> None:
     """Verify every invariant of scheduler and pool, O(requests + blocks). Raises InvariantError."""
     scheduler.pool.check()
-    held = [request for request in scheduler._holders if request is not None]
+    holdings = scheduler._holdings
+    held = [request for request in holdings._holders if request is not None]
     references = Counter(block for request in held for block in request.block_table)
     in_flight = Counter(request for _, requests in scheduler._steps for request in requests)
     pending = Counter(
@@ -25,12 +26,12 @@ def check(scheduler: Scheduler) -> None:
         "references and block tables": all(
             scheduler.pool.ref_count(block) == references[block] for block in range(scheduler.pool.num_blocks)
         ),
-        "rows": sorted(scheduler._free_rows + [r.row for r in held if r.row is not None])
-        == list(range(len(scheduler._holders)))
-        and all(r.row is not None and scheduler._holders[r.row] is r for r in held),
+        "rows": sorted(holdings._free_rows + [r.row for r in held if r.row is not None])
+        == list(range(len(holdings._holders)))
+        and all(r.row is not None and holdings._holders[r.row] is r for r in held),
         "live requests": {*scheduler._running, *scheduler._waiting} == set(scheduler._requests.values()),
         "order": list(scheduler._running) == sorted(scheduler._running, key=lambda r: r.order),
-        "waiting tokens": scheduler._waiting_tokens == sum(r.num_prompt_tokens for r in scheduler._waiting),
+        "waiting tokens": scheduler._waiting.num_tokens == sum(r.num_prompt_tokens for r in scheduler._waiting),
         "terminal events": not scheduler._finished.keys() & scheduler._requests.keys(),
     }
     for request in {*held, *scheduler._requests.values(), *in_flight}:
@@ -50,7 +51,7 @@ def check(scheduler: Scheduler) -> None:
             claims[f"{request.request_id}: computed tokens"] = (
                 request in scheduler._running
                 and 0 < request.num_computed_tokens < request.num_tokens
-                and len(request.block_table) == scheduler._num_blocks(request.num_computed_tokens)
+                and len(request.block_table) == holdings.num_blocks(request.num_computed_tokens)
             )
         claims[f"{request.request_id}: drafts"] = not request.drafts or (
             status is not RequestStatus.WAITING

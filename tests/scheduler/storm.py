@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from model.batch import Logprobs, SampledTokens, SamplingParams
 from scheduler.block_pool import BlockPool
 from scheduler.messages import AddRequest, Finished, FinishReason
-from scheduler.scheduler import Scheduler, StepResult
+from scheduler.scheduler import Scheduler
+from scheduler.step_result import StepResult
 from tests.scheduler.fake_worker import (
     EOS,
     NAN_SEED_BIT,

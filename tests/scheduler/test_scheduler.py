@@ -11,7 +11,8 @@ import pytest
 from model.batch import ForwardBatch, Logprobs, SampledTokens
 from scheduler.block_pool import BlockPool, InvariantError
 from scheduler.messages import Finished, FinishReason, Grammar, Started
-from scheduler.scheduler import Scheduler, StepResult
+from scheduler.scheduler import Scheduler
+from scheduler.step_result import StepResult
 from tests.scheduler.fake_worker import (
     EOS,
     NAN_SEED_BIT,
@@ -770,14 +771,14 @@ def test_stats_tell_what_is_there_and_what_was_done() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda s: s._free_rows.append(0),
+        lambda s: s._holdings._free_rows.append(0),
         lambda s: s._running[0].block_table.pop(),
         lambda s: s.pool.acquire(s.pool.allocate(1)),
         lambda s: setattr(s._running[0], "num_tokens", 50),
         lambda s: setattr(s._running[0], "num_computed_tokens", 0),
         lambda s: setattr(s._running[0], "steps_in_flight", 1),
         lambda s: s._requests.pop("waiting"),
-        lambda s: setattr(s, "_waiting_tokens", 1),
+        lambda s: setattr(s._waiting, "num_tokens", 1),
         lambda s: s._finished.update(running=ABORT),
         lambda s: s._running[0].block_hashes.append(b"x"),
     ],

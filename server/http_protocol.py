@@ -26,15 +26,14 @@ access_logger = logging.getLogger("server.access")
 
 HEAD_SECONDS = 10.0
 """From the first byte of a request to the end of its headers."""
-STARTS = 8
-"""Requests that begin in one turn of the event loop."""
 LINGER_SECONDS = 2.0
 """How long what a client still sends is read and dropped after a refusal. Closing at once resets the connection, and
 the client may never see why."""
 
 
 class Turnstile:
-    """Starts requests a few at a time, so that a burst of them does not hold up whoever only asks how we are."""
+    """Starts one request in each turn of the event loop: a burst does not hold up whoever only asks how we are. The
+    loop accepts no more than one connection in a turn, so turns must be short."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
@@ -45,8 +44,7 @@ class Turnstile:
         self._waiting.append(start)
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        for _ in range(min(STARTS, len(self._waiting))):
-            self._waiting.popleft()()
+        self._waiting.popleft()()
         if self._waiting:
             loop.call_soon(self._turn, loop)
 
@@ -74,6 +72,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_head_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        # Else they refer to each other, and taking a thousand apart stops everything for the garbage collector's 50 ms.
+        self.cycle = None  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         if self._is_ending or self.transport.is_closing():
@@ -156,6 +156,11 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     @property
+    def expects_body(self) -> bool:
+        """Of the request that is answered."""
+        return self.cycle is not None and self.cycle.more_body
+
+    @property
     def _is_answering(self) -> bool:
         """An earlier request, or the body's own, waits for its answer."""
         return self.cycle is not None and not self.cycle.response_complete
@@ -195,7 +200,7 @@ class _AnswerTransport:
         self.is_closing = protocol.transport.is_closing
 
     def close(self) -> None:
-        if self._protocol.cycle.more_body:
+        if self._protocol.expects_body:
             self._protocol.close_with_answer()
         else:
             self._protocol.transport.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -11,6 +13,7 @@ import pytest
 import uvloop
 
 from server import http_protocol, limits, middleware
+from server.http_protocol import HttpProtocol
 from tests.server.raw_http import HOST, Reply, exchange, serving
 
 T = TypeVar("T")
@@ -185,6 +188,31 @@ def test_nothing_is_written_into_another_answer() -> None:
     """Rubbish behind a request that is being answered ends the connection, and is not taken for its answer."""
     reply = send(WHOLE + b"\0\0\0\0")
     assert (reply.status, reply.closed) == (0, True)
+
+
+@pytest.mark.parametrize("data", [WHOLE, GET + b"\r\n", POST + LENGTH + b"\r\n", GET, b"GETT"])
+def test_connections_leave_nothing_to_the_garbage_collector(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[HttpProtocol]] = []
+    connection_made = HttpProtocol.connection_made
+
+    def connection_noted(self: HttpProtocol, transport: asyncio.Transport) -> None:
+        made.append(weakref.ref(self))
+        connection_made(self, transport)
+
+    async def leave(port: int) -> None:
+        reading = asyncio.create_task(exchange(port, data))
+        await asyncio.sleep(0.1)
+        reading.cancel()
+        async with asyncio.timeout(5):
+            while made[0]() is not None:
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(HttpProtocol, "connection_made", connection_noted)
+    gc.disable()
+    try:
+        with_server(leave)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("path", [b"/health", b"/ready", b"/version", b"/v1/models", b"/metrics"])

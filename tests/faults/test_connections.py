@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import resource
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -116,12 +119,30 @@ def test_f26_no_file_left_for_a_connection(start: StartDaemon, measured: Measure
     assert "Traceback" not in daemon.logs
 
 
+ACTIVE = 1000
+
+
 @pytest.fixture
 def many_files() -> int:
-    """How many connections this process may have."""
+    """How many idle connections this process may have beside ACTIVE ones."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return min(10_000, hard - 1000)
+    return min(10_000, hard - ACTIVE - 1000)
+
+
+@asynccontextmanager
+async def idle_connections(daemon: Daemon, count: int) -> AsyncIterator[None]:
+    """All of them accepted."""
+    idle = []
+    for index in range(count):
+        connection = socket.socket()
+        connection.bind((f"127.0.0.{2 + index // 5000}", 0))
+        connection.connect(address(daemon.url))
+        idle.append(connection)
+    await ask(daemon.url, HEALTH)
+    yield
+    for connection in idle:
+        connection.close()
 
 
 def test_f28_ten_thousand_idle_connections(start: StartDaemon, measured: Measured, many_files: int) -> None:
@@ -129,23 +150,63 @@ def test_f28_ten_thousand_idle_connections(start: StartDaemon, measured: Measure
     before = memory(daemon.process.pid)
 
     async def run() -> None:
-        idle = []
-        for index in range(many_files):
-            connection = socket.socket()
-            connection.bind((f"127.0.0.{2 + index // 5000}", 0))
-            connection.connect(address(daemon.url))
-            idle.append(connection)
-        await ask(daemon.url, HEALTH)  # all of them are accepted by now
-        grown = memory(daemon.process.pid) - before
-        async with Pulse(daemon.url) as pulse:
-            await asyncio.sleep(4)
-        for connection in idle:
-            connection.close()
+        async with idle_connections(daemon, many_files):
+            grown = memory(daemon.process.pid) - before
+            async with Pulse(daemon.url) as pulse:
+                await asyncio.sleep(4)
         assert grown < 300 * 2**20
         assert pulse.p99 < 0.25
-        measured("F28", f"{len(idle)}: {grown / 2**20:.0f} MiB more, p99 of /health {1000 * pulse.p99:.0f} ms")
+        measured("F28", f"{many_files}: {grown / 2**20:.0f} MiB more, p99 of /health {1000 * pulse.p99:.0f} ms")
 
     asyncio.run(run())
+
+
+def test_f28_a_thousand_streams_beside_ten_thousand_idle(
+    start: StartDaemon, measured: Measured, many_files: int
+) -> None:
+    rooms = ("--max-num-batched-tokens", "1024", "--num-blocks", "1100")
+    daemon = start("--max-open-requests", str(ACTIVE), "--max-num-seqs", str(ACTIVE), *rooms)
+    body = {**SHORT, "max_tokens": 50, "stream": True}
+    before = memory(daemon.process.pid)
+    begun = ended = 0
+
+    async def read() -> bytes:
+        nonlocal begun, ended
+        reader, writer = await asyncio.open_connection(*address(daemon.url))
+        writer.write(post_bytes(body, "Connection: close"))
+        first = await reader.readuntil(b"\n\n")
+        begun += 1
+        assert ended == 0  # while all others are open
+        rest = await reader.read(-1)
+        ended += 1
+        writer.close()
+        return first + rest
+
+    async def run() -> None:
+        async with idle_connections(daemon, many_files):
+            started = time.monotonic()
+            async with Pulse(daemon.url) as pulse:
+                answers = await asyncio.gather(*(read() for _ in range(ACTIVE)))
+            seconds = time.monotonic() - started
+            grown = memory(daemon.process.pid) - before
+        assert all(data.startswith(b"HTTP/1.1 200 ") and b"data: [DONE]" in data for data in answers)
+        assert len({text_of(data) for data in answers}) == 1  # greedy, of one prompt
+        measured(
+            "F28",
+            f"{ACTIVE} streams of 50 tokens open at once beside {many_files} idle: all complete after {seconds:.0f} s, "
+            f"{grown / 2**20:.0f} MiB more, p99 of /health {1000 * pulse.p99:.0f} ms",
+        )
+        assert grown < 300 * 2**20
+        assert pulse.p99 < 0.25
+
+    asyncio.run(run())
+    daemon.wait_idle(5)
+
+
+def text_of(data: bytes) -> str:
+    """Of an answer as its events came over the wire."""
+    events = (json.loads(event) for event in re.findall(rb"^data: (\{.*\})$", data, re.MULTILINE))
+    return "".join(event["choices"][0]["text"] for event in events)
 
 
 def test_slow_heads_hold_up_nobody_and_end(start: StartDaemon, measured: Measured) -> None:

@@ -9,9 +9,9 @@ import pytest
 from model.batch import Logprobs
 from scheduler.messages import Finished, FinishReason, Grammar
 from scheduler.ngram import MAX_DRAFTS, NgramDrafter
+from tests.scheduler.bench import Bench
 from tests.scheduler.fake_worker import NAN_SEED_BIT, request_message, run_alone
 from tests.scheduler.invariants import check
-from tests.scheduler.test_scheduler import Bench
 
 ABORT = Finished(reason=FinishReason.ABORT)
 

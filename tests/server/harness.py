@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Encoder
 
+from model.batch import Logprobs
 from model.config import load_config
 from scheduler.messages import AddRequest, EngineReady, EngineStats, Finished, FinishReason, Started
 from server.app import build_app
@@ -24,6 +25,9 @@ from server.tokenizer import Tokenizer, load_tokenizer
 
 Script = Callable[["ScriptedEngine", AddRequest, RequestStream], None]
 WINDOW = 256
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+TEXT = "one two three"
 Header = tuple[bytes, bytes]
 
 
@@ -222,3 +226,43 @@ async def post(app: FastAPI, path: str, data: Any, headers: Iterable[Header] = (
 
 def chat(**more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hello"}], **more}
+
+
+def run(script: Script, path: str = COMPLETIONS, options: Any = None, **data: Any) -> tuple[Answer, ScriptedEngine]:
+    async def go() -> tuple[Answer, ScriptedEngine]:
+        app, engine = make_app(script, **(options or {}))
+        body = chat(**data) if path == CHAT else {"prompt": "Hello", **data}
+        return await post(app, path, body), engine
+
+    return asyncio.run(go())
+
+
+def entries(ids: list[int], k: int) -> Logprobs:
+    """Made-up but recognisable: token i has -i / 10, the alternatives are its neighbours."""
+    return Logprobs(
+        token_ids=[[token_id, *range(token_id, token_id + k)] for token_id in ids],
+        logprobs=[[-token_id / 10, *(-token_id / 10 - more for more in range(k))] for token_id in ids],
+    )
+
+
+def scores(text: str = TEXT) -> Script:
+    """An engine that gives the log-probabilities it is asked for, also of the prompt, in chunks of three."""
+    ids = ids_of(text)
+
+    def script(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
+        prompt, params = engine.prompt(), request.params
+
+        async def push() -> None:
+            if params.prompt_logprobs is not None:
+                for start in range(1, len(prompt), 3):
+                    out.push([], prompt_logprobs=entries(prompt[start : start + 3], params.prompt_logprobs))
+                    await asyncio.sleep(0)
+            for index, token_id in enumerate(ids[: params.max_tokens]):
+                logprobs = None if params.logprobs is None else entries([token_id], params.logprobs)
+                out.push([token_id], started=None if index else Started(0, 0.25, 0.5), logprobs=logprobs)
+                await asyncio.sleep(0)
+            out.push([], finished=finish())
+
+        engine.tasks.append(asyncio.ensure_future(push()))
+
+    return script

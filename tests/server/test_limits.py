@@ -129,7 +129,7 @@ ELSEWHERE = {
     *("grammar_bytes", "choices"),
 }
 """A longer request id is replaced, not refused: test_middleware. Headers: test_http_protocol. Unbroken text:
-test_text_slices. Bodies together: test_overload. Schemas and grammars: test_structured."""
+test_text_slices. Bodies together: test_overload. Schemas and grammars: test_grammar_refusals."""
 ROWS = [limit for limit in LIMITS if limit.name not in ELSEWHERE]
 STATUS = {"body": 413}
 PARAM: dict[str, Callable[[str], bool]] = {

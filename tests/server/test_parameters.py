@@ -1,4 +1,4 @@
-"""Parameters of both completion endpoints: choices, log-probabilities, echo, prefixes, holes, times and deadlines."""
+"""Parameters of both completion endpoints: choices, constraints, ids, times and deadlines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from model.batch import Logprobs
 from scheduler.messages import AddRequest, FinishReason, Started
-from server.prompts import FIM_TOKENS
 from server.streams import RequestStream
 from tests.server.harness import (
+    CHAT,
+    COMPLETIONS,
+    TEXT,
     WINDOW,
     Answer,
-    Script,
     ScriptedEngine,
     answers,
     call,
@@ -25,54 +25,11 @@ from tests.server.harness import (
     ids_of,
     make_app,
     post,
+    run,
+    scores,
     silent,
     tokenizer,
 )
-
-COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
-TEXT = "one two three"
-
-
-def run(script: Script, path: str = COMPLETIONS, options: Any = None, **data: Any) -> tuple[Answer, ScriptedEngine]:
-    async def go() -> tuple[Answer, ScriptedEngine]:
-        app, engine = make_app(script, **(options or {}))
-        body = chat(**data) if path == CHAT else {"prompt": "Hello", **data}
-        return await post(app, path, body), engine
-
-    return asyncio.run(go())
-
-
-def entries(ids: list[int], k: int) -> Logprobs:
-    """Made-up but recognisable: token i has -i / 10, the alternatives are its neighbours."""
-    return Logprobs(
-        token_ids=[[token_id, *range(token_id, token_id + k)] for token_id in ids],
-        logprobs=[[-token_id / 10, *(-token_id / 10 - more for more in range(k))] for token_id in ids],
-    )
-
-
-def scores(text: str = TEXT) -> Script:
-    """An engine that gives the log-probabilities it is asked for, also of the prompt, in chunks of three."""
-    ids = ids_of(text)
-
-    def script(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
-        prompt, params = engine.prompt(), request.params
-
-        async def push() -> None:
-            if params.prompt_logprobs is not None:
-                for start in range(1, len(prompt), 3):
-                    out.push([], prompt_logprobs=entries(prompt[start : start + 3], params.prompt_logprobs))
-                    await asyncio.sleep(0)
-            for index, token_id in enumerate(ids[: params.max_tokens]):
-                logprobs = None if params.logprobs is None else entries([token_id], params.logprobs)
-                out.push([token_id], started=None if index else Started(0, 0.25, 0.5), logprobs=logprobs)
-                await asyncio.sleep(0)
-            out.push([], finished=finish())
-
-        engine.tasks.append(asyncio.ensure_future(push()))
-
-    return script
-
 
 # Choices
 
@@ -174,108 +131,6 @@ def test_best_of() -> None:
         assert (answer.status, answer.error["param"]) == (400, "best_of")
 
 
-# Log-probabilities
-
-
-def test_chat_logprobs() -> None:
-    whole = run(scores(), CHAT, logprobs=True, top_logprobs=2)[0].json["choices"][0]["logprobs"]
-    ids = ids_of(TEXT)
-    assert [entry["logprob"] for entry in whole["content"]] == [-token_id / 10 for token_id in ids]
-    assert b"".join(bytes(entry["bytes"]) for entry in whole["content"]).decode() == TEXT
-    assert all(len(entry["top_logprobs"]) == 2 for entry in whole["content"])
-    events = run(scores(), CHAT, logprobs=True, top_logprobs=2, stream=True)[0].events
-    streamed = [event["choices"][0]["logprobs"] for event in events]
-    assert list(itertools.chain.from_iterable(each["content"] for each in streamed if each)) == whole["content"]
-    none = run(scores(), CHAT, logprobs=True)[0].json["choices"][0]["logprobs"]["content"]
-    assert all(entry["top_logprobs"] == [] for entry in none)
-    assert run(scores(), CHAT)[0].json["choices"][0]["logprobs"] is None
-    refused = run(silent, CHAT, top_logprobs=1)[0]
-    assert (refused.status, refused.error["param"]) == (400, "top_logprobs")
-
-
-def test_bytes_are_those_of_the_token() -> None:
-    """A token may be half a character; its text is then lossy, its bytes are not."""
-    text = "漢字🙂"
-    content = run(scores(text), CHAT, logprobs=True)[0].json["choices"][0]["logprobs"]["content"]
-    assert [bytes(entry["bytes"]) for entry in content] == [tokenizer().token_bytes(each) for each in ids_of(text)]
-    assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == text
-
-
-def test_minus_infinity_is_clamped() -> None:
-    def script(engine: ScriptedEngine, request: AddRequest, out: RequestStream) -> None:
-        logprobs = Logprobs([[5, 6]], [[float("-inf"), float("-inf")]])
-        out.push([5], started=Started(0, 0.0, 0.0), logprobs=logprobs, finished=finish())
-
-    [entry] = run(script, CHAT, logprobs=True, top_logprobs=1)[0].json["choices"][0]["logprobs"]["content"]
-    assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)
-    assert run(script, logprobs=1)[0].json["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
-
-
-def test_completion_logprobs() -> None:
-    logprobs = run(scores(), logprobs=2)[0].json["choices"][0]["logprobs"]
-    assert "".join(logprobs["tokens"]) == TEXT
-    assert logprobs["text_offset"] == list(itertools.accumulate(map(len, logprobs["tokens"][:-1]), initial=0))
-    assert all(token in top for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
-    only = run(scores(), logprobs=0)[0].json["choices"][0]["logprobs"]
-    assert [list(top) for top in only["top_logprobs"]] == [[token] for token in only["tokens"]]
-    assert run(scores())[0].json["choices"][0]["logprobs"] is None
-
-
-def joined(events: list[Any]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for event in events:
-        for name, column in columns.items():
-            column += event["choices"][0]["logprobs"][name]
-    return columns
-
-
-@pytest.mark.parametrize("echo", [False, True])
-def test_offsets_go_on_over_the_chunks_of_a_stream(echo: bool) -> None:
-    data = {"logprobs": 1, "echo": echo, "prompt": "naïve 漢字"}
-    whole = run(scores(), **data)[0].json["choices"][0]
-    events = run(scores(), **data, stream=True)[0].events
-    assert joined(events) == whole["logprobs"]
-    assert "".join(event["choices"][0]["text"] for event in events) == whole["text"]
-
-
-def test_echo_has_an_entry_for_every_token() -> None:
-    answer, engine = run(scores(), prompt=[5, 6, 7, 8], echo=True, logprobs=1, max_tokens=1)
-    logprobs = answer.json["choices"][0]["logprobs"]
-    assert engine.requests[0].params.prompt_logprobs == 1
-    assert {len(column) for column in logprobs.values()} == {5}
-    assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
-    assert logprobs["token_logprobs"][1:4] == [-0.6, -0.7, -0.8]
-    assert all(logprobs["top_logprobs"][1:])
-
-
-def test_echo() -> None:
-    assert run(answers(" there"), echo=True)[0].json["choices"][0]["text"] == "Hello there"
-    events = run(answers(" there"), echo=True, stream=True, n=2)[0].events
-    for index in range(2):
-        texts = [e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == index]
-        assert "".join(texts) == "Hello there"
-    assert not any(request.params.prompt_logprobs for request in run(answers("ok"), echo=True)[1].requests)
-
-
-def test_max_tokens_zero_scores_the_prompt_only() -> None:
-    answer, engine = run(scores(), echo=True, logprobs=1, max_tokens=0)
-    [choice] = answer.json["choices"]
-    assert engine.requests[0].params.max_tokens == 1
-    assert (choice["text"], choice["finish_reason"]) == ("Hello", "length")
-    assert len(choice["logprobs"]["tokens"]) == answer.json["usage"]["prompt_tokens"]
-    assert answer.json["usage"]["completion_tokens"] == 0
-    assert run(answers("ok"), max_tokens=0)[0].json["choices"][0]["text"] == ""
-    refused = run(silent, CHAT, max_tokens=0)[0]
-    assert (refused.status, refused.error["param"]) == (400, "max_tokens")
-
-
-def test_only_the_first_choice_scores_the_prompt() -> None:
-    answer, engine = run(scores(), echo=True, logprobs=1, n=2)
-    assert [request.params.prompt_logprobs for request in engine.requests] == [1, None]
-    first, second = answer.json["choices"]
-    assert first["logprobs"] == second["logprobs"]
-
-
 # What the engine is told
 
 
@@ -341,79 +196,6 @@ def test_held_back_text_does_not_hold_back_ids_or_logprobs() -> None:
         for piece in pieces:
             logprobs = piece["logprobs"]
             assert len(logprobs["content" if path == CHAT else "tokens"]) == len(piece["token_ids"])
-
-
-# Prefixes and holes
-
-
-def prompt_of(**data: Any) -> list[int]:
-    answer, engine = run(answers("ok"), CHAT, **data)
-    assert answer.status == 200, answer.body
-    return engine.prompt()
-
-
-@pytest.mark.parametrize(
-    "content", ["Once upon", "ends with a space ", "  ", "a<｜User｜>b", [{"type": "text", "text": "x"}]]
-)
-def test_the_answer_continues_the_last_message(content: Any) -> None:
-    user = {"role": "user", "content": "Tell"}
-    text = content if isinstance(content, str) else "x"
-    begun = prompt_of(messages=[user])
-    by_flag = prompt_of(messages=[user, {"role": "assistant", "content": content}], continue_final_message=True)
-    by_prefix = prompt_of(messages=[user, {"role": "assistant", "content": content, "prefix": True}])
-    assert by_flag == by_prefix
-    assert by_flag[: len(begun)] == begun
-    assert b"".join(map(tokenizer().token_bytes, by_flag[len(begun) :])).decode() == text
-    if "<" not in text:
-        assert by_flag[len(begun) :] == ids_of(text)
-
-
-@pytest.mark.parametrize(
-    ("data", "param"),
-    [
-        ({"continue_final_message": True}, "continue_final_message"),
-        ({"messages": [{"role": "user", "content": "x", "prefix": True}]}, "messages[0].prefix"),
-        (
-            {"messages": [{"role": "assistant", "content": "x", "prefix": True}, {"role": "user", "content": "x"}]},
-            "messages[0].prefix",
-        ),
-    ],
-)
-def test_only_the_last_message_of_the_assistant_is_continued(data: dict[str, Any], param: str) -> None:
-    answer, _ = run(silent, CHAT, **data)
-    assert (answer.status, answer.error["param"]) == (400, param)
-
-
-def test_contradictions_about_the_last_message() -> None:
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "prefix": True}]
-    for data, param in (
-        ({"add_generation_prompt": True}, "add_generation_prompt"),
-        ({"continue_final_message": False}, "continue_final_message"),
-    ):
-        answer, _ = run(silent, CHAT, messages=messages, **data)
-        assert (answer.status, answer.error["param"]) == (400, param)
-    assert prompt_of(add_generation_prompt=False) == prompt_of()[: len(prompt_of(add_generation_prompt=False))]
-
-
-def test_suffix() -> None:
-    _, engine = run(answers("ok"), prompt="def f(", suffix="): <｜fim▁hole｜>")
-    begin, hole, end = (ids_of(token)[0] for token in FIM_TOKENS)
-    ids = engine.prompt()
-    assert ids[:2] == [tokenizer().bos_token_id, begin]
-    middle = ids.index(hole)
-    assert ids[2:middle] == ids_of("def f(")
-    assert ids[-1] == end
-    assert hole not in ids[middle + 1 :]
-    assert run(answers("ok"), suffix="")[1].prompt() == run(answers("ok"))[1].prompt()
-    for data, param in (({"echo": True}, "echo"), ({"prompt": [5]}, "suffix")):
-        answer, _ = run(silent, suffix="x", **data)
-        assert (answer.status, answer.error["param"]) == (400, param)
-
-
-def test_suffix_without_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer(), "added_tokens", ())
-    answer, _ = run(silent, suffix="x")
-    assert (answer.status, answer.error["param"]) == (400, "suffix")
 
 
 # Names, times, deadlines

@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+NOT_FINITE = -1
+"""In place of a token id: the logits were not finite."""
+NONE_LEFT = -2
+"""In place of a token id: what the request allows (its grammar, ids, bans and biases) has no id in common."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token of one request is chosen. All values are already validated at the HTTP edge.
@@ -143,7 +148,7 @@ class SampledTokens:
     rows: list[int]
     """Rows of the batch with `sample`, in batch order; each once for every draft accepted and once more."""
     token_ids: list[int]
-    """-1, the last of its row, where the row's logits were not finite: the request ends with an error."""
+    """NOT_FINITE or NONE_LEFT, the last of its row, where there is none: the request ends with an error."""
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     """By row, for rows that asked for them."""
     prompt_logprobs: dict[int, Logprobs] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
 
 def score(logits: Tensor, token_ids: Tensor, most: int) -> Scores:
-    """For each row of `logits` [R, V] float32 its token (int64 [R]; -1 is any) and at least `most` likeliest ids.
+    """For each row of `logits` [R, V] float32 its token (int64 [R]; below 0 is any) and at least `most` likeliest ids.
 
     Nothing here waits for the device.
     """

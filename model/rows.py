@@ -203,7 +203,7 @@ class Rows:
         """Write the S tokens that a step samples, int64 on the device, to their rows, where its drafts were: a row may
         run again before they are known. Returns their places, for `learn`.
 
-        A request whose logits were not finite (-1) is about to end: it gets id 0. A full row takes no more.
+        A request without a next token (below 0) is about to end: it gets id 0. A full row takes no more.
         """
         places = self._places(sampled)
         width = self._tokens.shape[1]

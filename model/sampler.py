@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.batch import NONE_LEFT, NOT_FINITE
+
 CANDIDATES = 512
 """Sorting a vocabulary of 100,000 costs ten times what finding its largest few hundred does, and those nearly always
 hold all that top_p or min_p keep; where they do not, everything is sorted."""
@@ -78,8 +80,8 @@ class SamplingInputs:
 
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
-    """One token id for each row of `logits` [S, V] float32 (overwritten), int64 [S]; -1 where a row is not finite or
-    its limits leave nothing to draw. None: every row is greedy, with neither limits nor penalties.
+    """One token id for each row of `logits` [S, V] float32 (overwritten), int64 [S]; NOT_FINITE where a row has other
+    numbers, NONE_LEFT where its limits exclude every id. None: every row is greedy, with neither limits nor penalties.
 
     Order: limits (grammar, allowed, banned, bias), then as transformers: penalties, temperature, top_k, top_p, min_p,
     draw. Equal logits: the lowest id first.
@@ -88,15 +90,16 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
         return greedy(logits)
     finite = _are_finite(logits)
     constrain(logits, inputs)
-    for limits in inputs.limits:
-        finite[limits.index] &= logits[limits.index].amax() > -torch.inf
     chosen = argmax(logits)
     drawn = np.flatnonzero(inputs.temperature > 0)
     slice_rows = max(1, SLICE_ELEMENTS // logits.shape[1])
     for first in range(0, drawn.size, slice_rows):
         rows = drawn[first : first + slice_rows]
         chosen[torch.from_numpy(rows).to(logits.device)] = draw(logits, inputs, rows)
-    return torch.where(finite, chosen, -1)
+    for limits in inputs.limits:
+        if logits[limits.index].amax() == -torch.inf:
+            chosen[limits.index] = NONE_LEFT
+    return torch.where(finite, chosen, NOT_FINITE)
 
 
 def constrain(logits: torch.Tensor, inputs: SamplingInputs) -> None:
@@ -108,8 +111,8 @@ def constrain(logits: torch.Tensor, inputs: SamplingInputs) -> None:
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the largest of each row [S, V], -1 where not all are finite; int64 [S]."""
-    return torch.where(_are_finite(logits), argmax(logits), -1)
+    """The first of the largest of each row [S, V], NOT_FINITE where not all are; int64 [S]."""
+    return torch.where(_are_finite(logits), argmax(logits), NOT_FINITE)
 
 
 def _are_finite(logits: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,21 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
-from model.batch import SamplingParams
+from model.batch import NONE_LEFT, NOT_FINITE, SamplingParams
 from scheduler.messages import Finished, FinishReason
 from scheduler.ngram import NgramDrafter
 
 NAN_LOGITS = Finished(
     reason=FinishReason.ERROR, code="nan_logits", message="the model produced logits that are not finite"
 )
+NO_TOKEN_LEFT = Finished(
+    reason=FinishReason.REJECTED,
+    code="no_token_left",
+    message="No token is left to draw: what the request allows (grammar, token ids) and what it excludes (bad words, "
+    "logit biases, stop tokens before min_tokens) contradict each other.",
+)
+FAULTS = {NOT_FINITE: NAN_LOGITS, NONE_LEFT: NO_TOKEN_LEFT}
+"""How a request ends for which this came instead of a token."""
 _LENGTH = Finished(reason=FinishReason.LENGTH)
 
 
@@ -85,19 +93,18 @@ class Request:
     num_preemptions: int = 0
 
     def until_end(self, token_ids: list[int]) -> list[int]:
-        """Those of newly sampled ones that count: up to the first that ends the request, and none whose logits were
-        broken."""
+        """Those of newly sampled ones that count: up to the first that ends the request."""
         for index, token_id in enumerate(token_ids):
-            if token_id == -1:
+            if token_id in FAULTS:
                 return token_ids[:index]
             if token_id in self.stop_token_ids:
                 return token_ids[: index + 1]
         return token_ids
 
-    def end_of(self, new: list[int], broken: bool) -> Finished | None:
-        """How it ends with its newest tokens, if it does. `broken`: the logits behind them were not finite."""
+    def end_of(self, new: list[int], fault: Finished | None) -> Finished | None:
+        """How it ends with its newest tokens, if it does. `fault`: what came behind them instead of a token."""
         if new and new[-1] in self.stop_token_ids:
             return Finished(reason=FinishReason.STOP, stop_token_id=new[-1])
-        if broken:
-            return NAN_LOGITS
+        if fault is not None:
+            return fault
         return _LENGTH if len(self.tokens) >= self.max_num_tokens else None

@@ -35,7 +35,7 @@ from scheduler.block_pool import BlockPool
 from scheduler.drafts import Drafts
 from scheduler.holdings import Holdings
 from scheduler.messages import EngineStats, Finished, FinishReason
-from scheduler.request import NAN_LOGITS, Request, RequestStatus
+from scheduler.request import FAULTS, NAN_LOGITS, Request, RequestStatus
 from scheduler.request_maker import RequestMaker
 from scheduler.request_queue import RequestQueue
 from scheduler.step_result import StepResult
@@ -209,11 +209,11 @@ class Scheduler:
             token_ids = tokens_of.get(row.row, [])
             if row.drafts:
                 self._drafts.settle(request, row, len(token_ids) - 1)
-            broken = token_ids[-1:] == [-1]
+            fault = FAULTS.get(token_ids[-1]) if token_ids else None
             prompt_logprobs = sampled.prompt_logprobs.get(row.row)
             if prompt_logprobs is not None and _has_nan(prompt_logprobs):
-                broken, token_ids = True, []
-            if broken:
+                fault, token_ids = NAN_LOGITS, []
+            if fault is NAN_LOGITS:
                 # The latents may be as broken as the logits: no other request may meet them.
                 self.pool.forget(request.block_table)
             if request.status is not ended:
@@ -221,12 +221,12 @@ class Scheduler:
                 if token_ids:
                     result.append(request, token_ids, sampled.logprobs.get(row.row), now)
                     self._generation_tokens += len(token_ids)
-                if not broken:
+                if fault is not NAN_LOGITS:
                     end = row.start + row.num_tokens - len(row.drafts) + max(len(token_ids) - 1, 0)
                     self._holdings.register(request, end)
                     if row.start < request.num_prompt_tokens:
                         self._prompt_tokens += result.advance(request, row, prompt_logprobs)
-                if (finished := request.end_of(token_ids, broken)) is not None:
+                if (finished := request.end_of(token_ids, fault)) is not None:
                     self._nan_logits += finished is NAN_LOGITS
                     self._end(request, finished)
             if request.status is not running:

@@ -116,6 +116,25 @@ def test_bias_and_bans(client: openai.OpenAI) -> None:
     assert len(ids(min_tokens=12)) == 12
 
 
+def test_limits_that_leave_no_token_are_refused(client: openai.OpenAI, daemon: Daemon) -> None:
+    """Whichever of them contradict each other: the request is wrong, and nothing is the matter with the model."""
+    contradictions: list[Any] = [
+        {"allowed_token_ids": [77], "logit_bias": {"77": -100}},
+        {"allowed_token_ids": [77], "stop_token_ids": [77], "min_tokens": 2},
+        {"allowed_token_ids": [77], "structured_outputs": {"regex": "[0-9]{3}"}},
+    ]
+    for temperature, extra in itertools.product((0, 1), contradictions):
+        body = {**GREEDY, "temperature": temperature}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(prompt=PROMPT, extra_body=extra, **body)
+        assert caught.value.code == "no_token_left"
+    # Where that shows in the middle of an answer, a stream has begun.
+    grammar = {"structured_outputs": {"regex": "aab"}, "bad_words": ["b", "ab", "aab"]}
+    with pytest.raises(openai.APIError, match="No token is left"):
+        list(client.completions.create(prompt=PROMPT, stream=True, extra_body=grammar, **GREEDY))
+    assert daemon.gauge("latentd_nan_logits_total") == 0
+
+
 def test_prefix(client: openai.OpenAI) -> None:
     """What the model wrote, cut anywhere between tokens and given back, is continued the same way."""
     whole: Any = client.chat.completions.create(messages=MESSAGES, extra_body={"return_token_ids": True}, **GREEDY)

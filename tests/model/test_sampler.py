@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import sampler
+from model.batch import NONE_LEFT, NOT_FINITE
 from model.sampler import (
     CANDIDATES,
     GOLDEN_GAMMA,
@@ -235,14 +236,14 @@ def test_greedy_takes_the_lowest_of_equal_ids_and_ignores_everything_but_penalti
     "limits",
     [{"grammar": []}, {"allowed": [3], "banned": [3]}, {"grammar": [3, 4], "bias": {3: -np.inf, 4: -np.inf}}],
 )
-def test_a_row_with_nothing_left_to_draw_gives_minus_one_and_harms_nobody(
-    limits: dict[str, Any], temperature: float
-) -> None:
+def test_a_row_with_nothing_left_to_draw_says_so_and_harms_nobody(limits: dict[str, Any], temperature: float) -> None:
     logits = torch.randn((3, 30), generator=torch.Generator().manual_seed(1))
     rows: list[dict[str, Any]] = [{"temperature": temperature, "top_p": 0.9, "seed": i} for i in range(3)]
     expected = sample(logits.clone(), inputs_of(rows))
     rows[1]["limits"] = limits
-    assert sample(logits, inputs_of(rows, 30)) == [expected[0], -1, expected[2]]
+    assert sample(logits.clone(), inputs_of(rows, 30)) == [expected[0], NONE_LEFT, expected[2]]
+    logits[1, 7] = torch.nan
+    assert sample(logits, inputs_of(rows, 30)) == [expected[0], NOT_FINITE, expected[2]]
 
 
 def test_a_single_id_that_is_left_is_drawn_whatever_the_temperature() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from model.batch import ForwardBatch, SampledTokens
+from model.batch import NONE_LEFT, ForwardBatch, SampledTokens
 from scheduler.block_pool import BlockPool, InvariantError
 from scheduler.messages import Finished, FinishReason, Grammar
 from scheduler.scheduler import Scheduler
@@ -265,6 +265,18 @@ def test_broken_logits_end_one_request_and_leave_nothing_in_the_cache() -> None:
     bench.add("again", range(9), max_tokens=1)
     bench.run()
     assert bench.cached["again"] == 0
+
+
+def test_a_request_that_may_draw_no_token_is_refused_and_what_it_computed_stays_cached() -> None:
+    bench = Bench()
+    bench.add("a", range(9), max_tokens=3)
+    _, sampled = bench.plan()
+    sampled.token_ids[0] = NONE_LEFT
+    finished = bench.process(sampled).finished["a"]
+    assert (finished.reason, finished.code) == (FinishReason.REJECTED, "no_token_left")
+    stats = bench.scheduler.stats()
+    assert (stats.nan_logits, stats.free_blocks) == (0, stats.num_blocks)
+    assert stats.cached_blocks > 0
 
 
 def test_finish_is_idempotent_and_counts_unknown_ids() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.batch import NONE_LEFT
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.large_pages import LargePages
@@ -123,12 +124,13 @@ class CpuOps:
         self._library.argmax(logits, best)
         if inputs is None:
             return best
-        logits[best < 0] = -torch.inf  # so that nothing is drawn there
+        broken = best < 0
+        logits[broken] = -torch.inf  # so that nothing is drawn there
         constrain(logits, inputs)
         drawn = torch.empty_like(best)
         temperature, position = torch.from_numpy(inputs.temperature), torch.from_numpy(inputs.position)
         self._library.draw(logits, temperature, torch.from_numpy(inputs.seed.view(np.int64)), position, drawn)
-        return drawn
+        return torch.where((drawn < 0) & ~broken, NONE_LEFT, drawn)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:
         y = self._library.empty((len(index), table.shape[1]), dtype=torch.bfloat16)

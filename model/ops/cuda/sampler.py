@@ -15,12 +15,15 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.batch import NONE_LEFT, NOT_FINITE
 from model.sampler import Limits, SamplingInputs
 from model.transfer import to_device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _PENALISED_ROWS = 32
 """That are looked at together: counts of 100,000 ids take 12 MB each time."""
+NO_NUMBERS = tl.constexpr(NOT_FINITE)
+NO_TOKEN_LEFT = tl.constexpr(NONE_LEFT)
 _FLOATS = ("temperature", "top_p", "min_p")
 
 
@@ -256,4 +259,5 @@ def _choose(
             fastest = tl.where(better, speed, fastest)
             winner = tl.where(better, token, winner)
         result = tl.min(tl.where(fastest == tl.max(fastest, axis=0), winner, VOCAB), axis=0)
-    tl.store(chosen + row, tl.where(drawable, result, -1).to(tl.int64))
+    result = tl.where(peak > float("-inf"), result, NO_TOKEN_LEFT)
+    tl.store(chosen + row, tl.where(tl.load(finite + row) != 0, result, NO_NUMBERS).to(tl.int64))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model import sampler as twin
+from model.batch import NONE_LEFT, NOT_FINITE
 from model.ops.cpu.library import Library
 from model.ops.cpu.ops import CpuOps
 from model.sampler import SamplingInputs
@@ -67,7 +68,7 @@ def test_drawn_as_the_twin_draws(kernels: Library, length: int, spread: float) -
     limits = {"limits": {"banned": list(range(0, length, 3))}}
     expected = twin.sample(logits.clone(), inputs_of([row | limits for row in rows], length)).tolist()
     logits[:, ::3] = -math.inf
-    assert draw(kernels, logits, inputs_of(rows)) == expected
+    assert draw(kernels, logits, inputs_of(rows)) == [max(token_id, -1) for token_id in expected]
 
 
 def test_ids_come_as_often_as_they_should(kernels: Library) -> None:
@@ -87,6 +88,7 @@ def test_the_operation_draws_as_the_twin_whatever_is_asked(kernels: Library) -> 
             rows = [{k: v for k, v in row.items() if k not in ("top_k", "top_p", "min_p")} for row in rows]
         logits = torch.from_numpy(rng.normal(0, 3, (24, 300)).astype(np.float32))
         logits[3, 5], logits[9, 0], logits[17, 299] = math.nan, -math.inf, math.inf
+        rows[4]["limits"] = rows[17]["limits"] = {"allowed": [3], "banned": [3]}
         expected = twin.sample(logits.clone(), inputs_of(rows, 300)).tolist()
-        assert [expected[i] for i in (3, 9, 17)] == [-1] * 3
+        assert [expected[i] for i in (3, 4, 9, 17)] == [NOT_FINITE, NONE_LEFT, NOT_FINITE, NOT_FINITE]
         assert ops.sample(logits, inputs_of(rows, 300)).tolist() == expected

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import sampler as twin
+from model.batch import NONE_LEFT, NOT_FINITE
 from model.ops.cuda.ops import CudaOps
 from model.ops.cuda.sampler import sample
 from tests.model.ops.cuda.common import DEVICE, poisoned
@@ -40,7 +41,7 @@ def test_mixed_rows_equal_the_twin(vocab_size: int, spread: float) -> None:
         assert found == expected
 
 
-def test_what_cannot_be_drawn_from_gives_minus_one() -> None:
+def test_rows_without_a_token_say_why() -> None:
     logits = np.random.default_rng(0).standard_normal((8, 70)).astype(np.float32)
     rows: list[dict[str, Any]] = [{"temperature": float(i % 2), "top_p": 0.9, "seed": i} for i in range(8)]
     logits[0, 3], logits[1, 69], logits[2, 0], logits[3, 5] = np.nan, np.inf, -np.inf, np.nan
@@ -49,7 +50,7 @@ def test_what_cannot_be_drawn_from_gives_minus_one() -> None:
     rows[5]["limits"] = {"allowed": [3], "banned": [3]}
     found, expected = both(logits, rows)
     assert found == expected
-    assert found[:6] == [-1] * 6
+    assert found[:6] == [NOT_FINITE] * 4 + [NONE_LEFT] * 2
     assert min(found[6:]) >= 0
 
 

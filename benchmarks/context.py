@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072, help="window: prompt and output together")
     parser.add_argument("--plot", type=Path, help="SVG file")
     parser.add_argument("serve", nargs="*", metavar="OPTION", help="behind --: options for `latentd serve`")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     port = free_port()
     command = [sys.executable, "-m", "server", "serve", str(arguments.model), "--port", str(port)]
     command += ["--max-model-len", str(arguments.tokens), "--num-blocks", str(arguments.tokens // BLOCK_SIZE + 64)]

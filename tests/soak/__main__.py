@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("serve", nargs="*", metavar="OPTION", help="behind --: options for `latentd serve`")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder), *arguments.serve)
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from server.settings import BUILTIN_MODEL
 from tests.e2e.daemon import Daemon
 
 _figures: list[str] = []
@@ -30,6 +33,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def measured() -> Measured:
     """`measured("F1", "ready again after 3.1 s")`: a figure of a row of the fault matrix."""
     return lambda row, figure: _figures.append(f"{row}: {figure}")
+
+
+@pytest.fixture
+def wide_model(tmp_path: Path) -> list[str]:
+    """Options of a daemon: the built-in model, with a window of 131,072 and room for one such request."""
+    folder = shutil.copytree(BUILTIN_MODEL, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] *= 16
+    config["rope_scaling"]["factor"] *= 16
+    (folder / "config.json").write_text(json.dumps(config))
+    return [str(folder), "--num-blocks", "2048"]
 
 
 @pytest.fixture

@@ -51,6 +51,27 @@ def test_f16_clients_that_leave_in_every_phase(
     )
 
 
+@pytest.mark.parametrize("end", [socket.socket.close, reset], ids=["FIN", "RST"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_f16_clients_that_leave_while_their_text_is_tokenized(
+    start: StartDaemon, measured: Measured, wide_model: list[str], stream: bool, end: Callable[[socket.socket], None]
+) -> None:
+    """Sixteen megabytes in 64 prompts: the tokenizer needs seconds for them."""
+    daemon = start(*wide_model)
+    prompts = ["The sea and the sky. " * 11_500] * 64
+    leaving = connect(daemon, {**SHORT, "prompt": prompts, "stream": stream})
+    wait_until(lambda: open_requests(daemon) == 64)
+    used = processor_seconds(daemon.process.pid)
+    seconds = seconds_until_gone(lambda: end(leaving), lambda: open_requests(daemon) == 0)
+    time.sleep(1)
+    used = processor_seconds(daemon.process.pid) - used
+    assert daemon.gauge("vllm:request_prompt_tokens_count") == 0  # nothing of it came to the engine
+    assert used < 0.5  # nor does anybody go on with it
+    assert httpx.post(f"{daemon.url}/v1/completions", json=SHORT, timeout=30).status_code == 200
+    assert "Traceback" not in daemon.logs
+    measured("F16", f"{'streamed' if stream else 'whole'}: tokenizing: {seconds:.2f} s, {used:.2f} s of processor time")
+
+
 def open_requests(daemon: Daemon) -> int:
     return int(httpx.get(f"{daemon.url}/load").json()["server_load"])
 

@@ -1,8 +1,10 @@
-"""F15, F35: a full disk under the log, and a system that offers next to nothing."""
+"""F15, F27, F35: a full disk under the log, a port in use, and a system that offers next to nothing."""
 
 from __future__ import annotations
 
 import os
+import resource
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +54,20 @@ def test_f15_a_log_that_cannot_be_written(tmp_path: Path, measured: Measured) ->
     ):
         answers(url)
     measured("F15", "every write to the log failed, every request was answered, exit code 0")
+
+
+def test_f27_a_port_in_use(measured: Measured) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [*SERVE, "--port", str(taken.getsockname()[1])]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("Address already in use\n")
+    assert ended.stderr.count("\n") == 1
+    measured("F27", f"exit code 1 after {seconds:.2f} s, {computed:.2f} s of processor time")
+    assert computed < 1  # an engine's imports alone take longer
 
 
 def test_f35_no_home_no_locale_nothing_writable(tmp_path: Path, measured: Measured) -> None:

@@ -90,14 +90,19 @@ def test_f10_logits_that_are_not_finite(start: StartDaemon, measured: Measured) 
     asyncio.run(run())
 
 
-def test_f17_two_hundred_clients_leave_after_half_a_second(start: StartDaemon, measured: Measured) -> None:
-    daemon = start()
+def test_f17_two_hundred_clients_leave_after_half_a_second(
+    start: StartDaemon, measured: Measured, wide_model: list[str]
+) -> None:
+    daemon = start(*wide_model, "--max-num-seqs", "200")
 
     async def run() -> None:
+        begun: list[int] = []
+
         async def leave(client: httpx.AsyncClient, index: int) -> None:
-            body = {**LONG, "prompt": f"{index} The sea", "max_tokens": 8000, "stream": True}
+            body = {**LONG, "prompt": f"{index} The sea", "max_tokens": 10_000, "stream": True}
             try:
                 async with asyncio.timeout(0.5), client.stream("POST", "/v1/completions", json=body) as response:
+                    begun.append(response.status_code)
                     async for _ in response.aiter_bytes():
                         pass
             except TimeoutError:
@@ -110,7 +115,9 @@ def test_f17_two_hundred_clients_leave_after_half_a_second(start: StartDaemon, m
             answered = time.monotonic() - left
             assert answer.status_code == 200
             daemon.wait_idle(max(0.0, 2 - (time.monotonic() - left)))
-            measured("F17", f"next answer after {answered:.2f} s, all idle after {time.monotonic() - left:.2f} s")
+            idle = time.monotonic() - left
+            assert set(begun) == {200}
+            measured("F17", f"{len(begun)} had begun; next answer after {answered:.2f} s, all idle after {idle:.2f} s")
             assert answered < 2
 
     asyncio.run(run())

@@ -76,11 +76,11 @@ def _bits(name: str, shape: tuple[int, ...], dtype: str, quantization: str) -> f
     """Of each number of a tensor."""
     if name.endswith((".mlp.gate.weight", ".e_score_correction_bias")):
         return 32
-    kept = name.endswith(("embed_tokens.weight", "kv_b_proj.weight")) or len(shape) == 1
+    kept = name.endswith("embed_tokens.weight") or len(shape) == 1
     if kept or quantization == "none":
         return 8 * ITEMSIZES[dtype]
-    if name.endswith("kv_a_proj_with_mqa.weight"):
-        quantization = "int8"
+    if name.endswith(("kv_a_proj_with_mqa.weight", "kv_b_proj.weight")):
+        quantization = "int8"  # on a GPU the second stays as it is; its pool is what steps are seen to leave
     return QUANTIZED_BITS[quantization] + SCALE_BITS
 
 

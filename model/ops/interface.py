@@ -154,7 +154,8 @@ class Ops(Protocol):
         ...
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
-        """w_uk [H, dn, r] and w_uv [H, dv, r] as `attention` wants them, likewise; strided views are welcome."""
+        """w_uk [H, dn, r] and w_uv [H, dv, r] as `attention` wants them, likewise, perhaps in 8 bits; strided views are
+        welcome."""
         ...
 
     def recorded(self, network: Network, config: DeepseekConfig) -> Network:

@@ -56,8 +56,8 @@ def test_a_model_that_does_not_fit_is_refused_with_the_sum(v2_lite: DeepseekConf
 
 def test_quantised_v2_lite(v2_lite: DeepseekConfig) -> None:
     """A byte a weight, or half of one, and two bytes of scale for 64 weights; what is not quantised as it was."""
-    kept = 102400 * 2048 + 27 * (4096 * 512 + 2 * 2048 + 512) + 2048
-    routers, latents = 26 * 64 * 2048, 27 * 576 * 2048
+    kept = 102400 * 2048 + 27 * (2 * 2048 + 512) + 2048
+    routers, latents = 26 * 64 * 2048, 27 * (576 * 2048 + 4096 * 512)
     rest = 15_706_484_224 - kept - routers - latents
     assert weight_bytes_in(v2_lite, "bfloat16", "int8") == 2 * kept + 4 * routers + (rest + latents) * 66 // 64
     assert weight_bytes_in(v2_lite, "bfloat16", "int4") == 2 * kept + 4 * routers + rest * 34 // 64 + latents * 66 // 64

@@ -109,10 +109,9 @@ def test_int8_answers_rightly() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_as_many_bytes_as_were_planned(quantization: str, tied: bool, tmp_path: Path) -> None:
     """Widths are multiples of 64, to which the kernels fill up."""
-    widths = {"kv_lora_rank": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "intermediate_size": 128}
-    path = make_checkpoint(
-        tmp_path, "v2", dtype=torch.bfloat16, moe_intermediate_size=64, tie_word_embeddings=tied, **widths
-    )
+    widths = {"kv_lora_rank": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "qk_nope_head_dim": 64}
+    mlps = {"intermediate_size": 128, "moe_intermediate_size": 64}
+    path = make_checkpoint(tmp_path, "v2", dtype=torch.bfloat16, tie_word_embeddings=tied, **widths, **mlps)
     runner = load(path, quantization)
     assert runner.weight_bytes == weight_bytes_in(runner.model.config, "bfloat16", quantization)
     network = runner.model.model

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.ops.cpu.build import LIBRARY, X86_64
 
-ABI = 4
+ABI = 5
 """LATENTD_ABI of the library that this file describes."""
 
 ISAS = (*X86_64, "portable")
@@ -35,6 +35,8 @@ class Format(IntEnum):
     BF16 = 0
     INT8 = 1
     INT4 = 2
+    INT8_INPUTS = 3
+    """INT8 of the transposed weight: the absorbed and the expanded form of a matrix are the same numbers so."""
 
 
 class AttentionShape(ctypes.Structure):
@@ -80,7 +82,7 @@ SIGNATURES = {
     "draw": "n pripppp",
     "rope_and_cache": "n pipipfppppii",
     "attention_workspace": "s p",
-    "attention": "n pipiipiippppw",
+    "attention": "n cpipiipiippppw",
     "router_workspace": "s ri",
     "router": "n ppirippppw",
     "moe_workspace": "s riiiii",
@@ -144,8 +146,9 @@ class Library:
         return int(self.functions["packed_bytes"](format, n, k))
 
     def pack(self, format: Format, weight: Tensor, packed: Tensor) -> None:
-        """weight [N, K], contiguous; packed [packed_bytes] uint8."""
-        self.functions["pack"](format, weight.data_ptr(), *weight.shape, packed.data_ptr())
+        """weight [N, K], or [K, N] for INT8_INPUTS, contiguous; packed [packed_bytes] uint8."""
+        n, k = weight.T.shape if format == Format.INT8_INPUTS else weight.shape
+        self.functions["pack"](format, weight.data_ptr(), n, k, packed.data_ptr())
 
     def linear(
         self,
@@ -214,6 +217,7 @@ class Library:
 
     def attention(
         self,
+        format: int,
         shape: AttentionShape,
         layer: int,
         q_nope: Tensor,
@@ -224,9 +228,10 @@ class Library:
         output: Tensor,
         workspace: Tensor,
     ) -> None:
-        """q_nope [T, H, dn], q_rope [T, H, dr]; packed weights; output [T, H, dv], contiguous."""
+        """q_nope [T, H, dn], q_rope [T, H, dr]; packed weights, of BF16 all, of INT8 with absorb in INT8_INPUTS; output
+        [T, H, dv], contiguous."""
         self._attention(
-            *(byref(shape), layer, q_nope.data_ptr(), q_nope.stride(0), q_nope.stride(1)),
+            *(format, byref(shape), layer, q_nope.data_ptr(), q_nope.stride(0), q_nope.stride(1)),
             *(q_rope.data_ptr(), q_rope.stride(0), q_rope.stride(1)),
             *(absorb.data_ptr(), expand.data_ptr(), value.data_ptr(), output.data_ptr(), workspace.data_ptr()),
         )

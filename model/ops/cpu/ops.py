@@ -86,9 +86,14 @@ class CpuOps:
         return SwigluWeights(gate_up, down)
 
     def pack_latent(self, w_uk: Tensor, w_uv: Tensor) -> LatentWeights:
-        # Never quantised: products with what the cache holds, which is bfloat16.
-        halves = (w_uk.transpose(1, 2), w_uk, w_uv)
-        return LatentWeights(*(self._packed(half, Format.BF16) for half in halves))
+        # 8 bits at least: as with the projection into the latents, an error goes into all that a head sees.
+        if self._format is Format.BF16:
+            halves = (w_uk.transpose(1, 2), w_uk, w_uv)
+            return LatentWeights(*(self._packed(half, Format.BF16) for half in halves))
+        absorb = self._empty(len(w_uk), w_uk[0].T, Format.INT8_INPUTS)
+        for weight, data in zip(w_uk, absorb.data, strict=True):
+            self._library.pack(Format.INT8_INPUTS, weight.contiguous(), data)
+        return LatentWeights(absorb, self._packed(w_uk, Format.INT8), self._packed(w_uv, Format.INT8))
 
     def _packed(self, weights: Tensor, format: Format) -> PackedWeight:
         """[n, out, in] -> one behind the other."""
@@ -256,7 +261,8 @@ class CpuAttention:
         output = self._library.empty((*q_nope.shape[:2], self._value_width), dtype=torch.bfloat16)
         absorb, expand, value = map(_packed_weight, weights)
         self._library.attention(
-            self._rows.shape, layer, q_nope, q_rope, absorb.data, expand.data, value.data, output, self._workspace
+            *(value.format, self._rows.shape, layer, q_nope, q_rope),
+            *(absorb.data, expand.data, value.data, output, self._workspace),
         )
         return output
 

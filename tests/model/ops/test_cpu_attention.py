@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.latent_cache import BLOCK_SIZE
-from model.ops.cpu.library import AttentionShape, Format, Library
+from model.ops.cpu.library import AttentionShape, Format, Library, library
+from tests.model.ops.test_cpu_linear import unpack
 
 LAYERS, LAYER = 2, 1
 
@@ -27,6 +28,7 @@ NARROW = Widths(3, 24, 8, 16, 8)
 ODD = Widths(5, 136, 24, 72, 40)
 SMALL = Widths(16, 256, 32, 64, 64)
 V2_LITE = Widths(16, 512, 64, 128, 128)
+ODD_GROUPS = Widths(5, 160, 24, 96, 40)
 MANY_HEADS = Widths(128, 64, 16, 32, 16)
 
 Row = tuple[int, int]
@@ -40,10 +42,16 @@ def randn(*shape: int, seed: int) -> Tensor:
 class Case:
     """Rows over a cache of two layers that holds NaN wherever no key of theirs lies."""
 
-    def __init__(self, widths: Widths, rows: tuple[Row, ...], num_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        widths: Widths,
+        rows: tuple[Row, ...],
+        num_blocks: int | None = None,
+        format: Format = Format.BF16,
+    ) -> None:
         """num_blocks: blocks that rows share, so that the cache of long contexts is small; else each has its own."""
         heads, rank, rope, nope, value = widths
-        self.widths, self.rows = widths, rows
+        self.widths, self.rows, self.format = widths, rows, format
         used = [-(-context // BLOCK_SIZE) for _, context in rows]
         generator = torch.Generator().manual_seed(9)
         if num_blocks is None:
@@ -90,53 +98,69 @@ class Case:
         size = kernels.attention_workspace(shape)
         workspace = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
         output = torch.full((sum(counts), heads, value), torch.nan, dtype=torch.bfloat16)
-        absorb, expand = packed(kernels, self.w_uk.transpose(1, 2)), packed(kernels, self.w_uk)
-        w_uv = packed(kernels, self.w_uv)
+        absorbing = Format.BF16 if self.format is Format.BF16 else Format.INT8_INPUTS
+        absorb = packed(kernels, absorbing, self.w_uk.transpose(1, 2))
+        expand, w_uv = packed(kernels, self.format, self.w_uk), packed(kernels, self.format, self.w_uv)
         # A workspace may begin anywhere.
-        kernels.attention(shape, LAYER, q_nope, q_rope, absorb, expand, w_uv, output, workspace[4:])
+        kernels.attention(self.format, shape, LAYER, q_nope, q_rope, absorb, expand, w_uv, output, workspace[4:])
         assert (workspace[size + 4 :] == 0xFF).all()
         return output
 
     def expected(self, row: int, tokens: Tensor) -> Tensor:
         """[tokens, H, dv] of some tokens of a row."""
         _, rank, rope, nope, _ = self.widths
+        w_uk, w_uv = (meant(self.format, weight) for weight in (self.w_uk, self.w_uv))
         queries, context = self.rows[row]
         pages = self.cache[self.tables[row, : -(-context // BLOCK_SIZE)].long(), LAYER]
         latents, shared = torch.split(pages.flatten(0, 1)[:context].float(), [rank, rope], dim=1)
         mine = self.queries[self.starts[row] + tokens].float()
-        scores = torch.einsum("qhd,hdr->qhr", mine[..., :nope], self.w_uk.float()) @ latents.T
+        scores = torch.einsum("qhd,hdr->qhr", mine[..., :nope], w_uk) @ latents.T
         scores += mine[..., nope : nope + rope] @ shared.T
         hidden = torch.arange(context) > (context - queries + tokens)[:, None]
         weights = (scores * self.scale).masked_fill_(hidden[:, None], -torch.inf).softmax(-1)
-        return torch.einsum("qhr,hdr->qhd", weights @ latents, self.w_uv.float())
+        return torch.einsum("qhr,hdr->qhd", weights @ latents, w_uv)
 
 
 @cache
 def case(
-    widths: Widths, rows: tuple[Row, ...], num_blocks: int | None = None
+    widths: Widths, rows: tuple[Row, ...], num_blocks: int | None = None, format: Format = Format.BF16
 ) -> tuple[Case, list[tuple[Tensor, Tensor]]]:
     """A case, and what some tokens of each row should have: which of the step they are, and [tokens, H, dv]."""
-    made = Case(widths, rows, num_blocks)
+    made = Case(widths, rows, num_blocks, format)
     chosen = [torch.linspace(0, queries - 1, min(queries, 16)).round().long() for queries, _ in rows]
     return made, [(made.starts[row] + tokens, made.expected(row, tokens)) for row, tokens in enumerate(chosen)]
 
 
-def packed(kernels: Library, weight: Tensor) -> Tensor:
+def packed(kernels: Library, format: Format, weight: Tensor) -> Tensor:
     """[H, N, K], each head by itself."""
-    data = torch.empty(len(weight), kernels.packed_bytes(Format.BF16, *weight.shape[1:]), dtype=torch.uint8)
-    for head, target in zip(weight.contiguous(), data, strict=True):
-        kernels.pack(Format.BF16, head, target)
+    data = torch.empty(len(weight), kernels.packed_bytes(format, *weight.shape[1:]), dtype=torch.uint8)
+    for head, target in zip(weight, data, strict=True):
+        kernels.pack(format, head.T.contiguous() if format is Format.INT8_INPUTS else head.contiguous(), target)
     return data
 
 
-def check(kernels: Library, widths: Widths, *rows: Row, num_blocks: int | None = None) -> None:
-    """bf16 rounds queries or keys, probabilities, sums and results to 2^-9: together they stay below 0.6 %."""
-    made, rows_expected = case(widths, rows, num_blocks)
+def meant(format: Format, weight: Tensor) -> Tensor:
+    """[H, N, K] float32: what packed weights stand for."""
+    kernels = library()
+    assert kernels is not None
+    heads = zip(packed(kernels, format, weight), weight, strict=True)
+    return torch.stack([unpack(format, data, *head.shape) for data, head in heads])
+
+
+BOUNDS = {Format.BF16: 0.006, Format.INT8: 0.015}
+"""bf16 rounds queries or keys, probabilities, sums and results to 2^-9. Weights in int8 want what they are multiplied
+with in 8 bits, a scale for 64: half a percent, of keys and of values or of queries and of sums."""
+
+
+def check(
+    kernels: Library, widths: Widths, *rows: Row, num_blocks: int | None = None, format: Format = Format.BF16
+) -> None:
+    made, rows_expected = case(widths, rows, num_blocks, format)
     found = made.found(kernels)
     assert found.isfinite().all()
     for tokens, expected in rows_expected:
         error = (found[tokens].float() - expected).norm() / expected.norm()
-        assert error < 0.006
+        assert error < BOUNDS[format]
 
 
 STEPS: dict[str, tuple[Row, ...]] = {
@@ -154,8 +178,14 @@ def test_attention(kernels: Library, widths: Widths, rows: tuple[Row, ...]) -> N
     check(kernels, widths, *rows)
 
 
-def test_real_widths(kernels: Library) -> None:
-    check(kernels, V2_LITE, (1, 200), (1, 1), (130, 130), (6, 120))
+@pytest.mark.parametrize("rows", STEPS.values(), ids=STEPS)
+def test_weights_in_8_bits(kernels: Library, rows: tuple[Row, ...]) -> None:
+    check(kernels, ODD_GROUPS, *rows, format=Format.INT8)
+
+
+@pytest.mark.parametrize("format", BOUNDS)
+def test_real_widths(kernels: Library, format: Format) -> None:
+    check(kernels, V2_LITE, (1, 200), (1, 1), (130, 130), (6, 120), format=format)
 
 
 def test_many_heads(kernels: Library) -> None:
@@ -173,9 +203,12 @@ def test_a_long_context_has_longer_splits(kernels: Library) -> None:
     check(kernels, NARROW, (1, 131_072), (1, 32_768), (1, 32_769), (20, 50_001), num_blocks=12)
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(kernels: Library) -> None:
+@pytest.mark.parametrize(("widths", "format"), [(NARROW, Format.BF16), (ODD_GROUPS, Format.INT8)])
+def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(
+    kernels: Library, widths: Widths, format: Format
+) -> None:
     rows = tuple(STEPS["mixed"][i % 8] for i in range(4)) + tuple((1, 40 * i + 1) for i in range(28))
-    batch, _ = case(NARROW, rows)
+    batch, _ = case(widths, rows, format=format)
     together = batch.found(kernels)
     kernels.set_threads(1)
     assert torch.equal(together, batch.found(kernels))
@@ -185,8 +218,13 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(kernels: Library
 
 def test_a_short_chunk_is_as_many_decoding_steps(kernels: Library) -> None:
     """Bit by bit: what speculation verifies is what decoding would have computed."""
-    for widths, context, num_blocks in ((SMALL, 1029, None), (NARROW, 10, None), (NARROW, 32_771, 12)):
-        chunk = Case(widths, ((9, context),), num_blocks)
+    for widths, context, num_blocks, format in (
+        (SMALL, 1029, None, Format.BF16),
+        (SMALL, 200, None, Format.INT8),
+        (NARROW, 10, None, Format.BF16),
+        (NARROW, 32_771, 12, Format.BF16),
+    ):
+        chunk = Case(widths, ((9, context),), num_blocks, format)
         steps = chunk.alone(0)
         steps.rows = tuple((1, context - 8 + i) for i in range(9))
         steps.tables = chunk.tables.repeat(9, 1)
@@ -194,10 +232,13 @@ def test_a_short_chunk_is_as_many_decoding_steps(kernels: Library) -> None:
         assert torch.equal(chunk.found(kernels), steps.found(kernels)), context
 
 
+@pytest.mark.parametrize(("widths", "format"), [(NARROW, Format.BF16), (ODD_GROUPS, Format.INT8)])
 @pytest.mark.parametrize("rows", [((1, 700),), ((150, 150),)], ids=["absorbed", "expanded"])
-def test_what_is_not_a_number_stays_in_its_row(kernels: Library, rows: tuple[Row, ...]) -> None:
+def test_what_is_not_a_number_stays_in_its_row(
+    kernels: Library, rows: tuple[Row, ...], widths: Widths, format: Format
+) -> None:
     """A broken query or latent shows in its own row, and in no other."""
-    clean, _ = case(NARROW, (*rows, (1, 90)))
+    clean, _ = case(widths, (*rows, (1, 90)), format=format)
     broken = clean.alone(0)
     broken.rows, broken.tables, broken.queries = clean.rows, clean.tables, clean.queries.clone()
     broken.queries[0, 1, 0] = torch.nan

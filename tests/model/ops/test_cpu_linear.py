@@ -12,6 +12,8 @@ from model.ops.cpu import library as binding
 from model.ops.cpu.library import ISAS, Format, Library
 
 GROUP, PANEL = 64, 64
+FORMATS = (Format.BF16, Format.INT8, Format.INT4)
+"""Of linear layers."""
 SHAPES = [
     (1, 64, 32),
     (1, 1, 64),
@@ -32,8 +34,9 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 
 def pack(kernels: Library, format: Format, weight: Tensor) -> Tensor:
+    """[N, K]"""
     packed = torch.full((kernels.packed_bytes(format, *weight.shape),), 0xFF, dtype=torch.uint8)
-    kernels.pack(format, weight, packed)
+    kernels.pack(format, weight.T.contiguous() if format is Format.INT8_INPUTS else weight, packed)
     return packed
 
 
@@ -56,9 +59,12 @@ def unpack(format: Format, packed: Tensor, n: int, k: int) -> Tensor:
     if format is Format.INT4:
         numbers = numbers.view(panels, number, GROUP // 8, 1, PANEL, 4)
         numbers = torch.cat((numbers & 15, numbers >> 4), dim=3)
-    zero = 128 if format is Format.INT8 else 8
+    zero = 8 if format is Format.INT4 else 128
     counted = numbers.reshape(panels, number, GROUP // 4, PANEL, 4).float() - zero
-    values = counted * scales[:, :, None, :, None]
+    if format is Format.INT8_INPUTS:
+        values = counted * scales.view(panels, number, GROUP // 4, 1, 4)
+    else:
+        values = counted * scales[:, :, None, :, None]
     return values.permute(0, 3, 1, 2, 4).reshape(panels * PANEL, number * GROUP)[:n, :k]
 
 
@@ -77,7 +83,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_product_is_that_of_what_was_packed(kernels: Library, format: Format, m: int, n: int, k: int) -> None:
     x, weight = whole_numbers(m, k, seed=1), randn(n, k, seed=2) * 0.05
     packed = pack(kernels, format, weight)
@@ -105,7 +111,7 @@ def test_int4_scales_are_better_than_the_largest_number_s(kernels: Library) -> N
     assert relative_error(searched, weight.float()) < 0.9 * relative_error(plain, weight.float())
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_strides_bias_and_residual(kernels: Library, format: Format) -> None:
     """x and y lie in wider tensors full of NaN; what is beside y stays as it was, and y may be the residual."""
     m, n, k = 7, 100, 96
@@ -122,7 +128,7 @@ def test_strides_bias_and_residual(kernels: Library, format: Format) -> None:
     assert y[:, 50 + n :].isnan().all()
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(kernels: Library, format: Format) -> None:
     n, k = 200, 416
     packed = pack(kernels, format, randn(n, k, seed=10))
@@ -136,7 +142,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_threads(kernels: Library
             assert torch.equal(linear(kernels, format, x[:rows], packed, n)[:both], alone[:both])
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_nan_and_infinity_stay_in_their_row(kernels: Library, format: Format) -> None:
     x, weight = randn(4, 64, seed=12), randn(70, 64, seed=13)
     packed = pack(kernels, format, weight)
@@ -160,6 +166,13 @@ def test_groups_of_zeros_of_tiny_numbers_and_with_nan(kernels: Library, format: 
     meant = unpack(format, pack(kernels, format, weight), *weight.shape)
     assert meant[3, GROUP : 2 * GROUP].isnan().all()
     assert int(meant.isnan().sum()) == GROUP
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (100, 160), (512, 96), (40, 32)])
+def test_a_matrix_and_its_transpose_are_the_same_numbers(kernels: Library, n: int, k: int) -> None:
+    weight = randn(n, k, seed=14) * torch.logspace(-3, 0, n)[:, None].bfloat16()
+    transposed = unpack(Format.INT8_INPUTS, pack(kernels, Format.INT8_INPUTS, weight.T), k, n)
+    assert torch.equal(transposed.T, unpack(Format.INT8, pack(kernels, Format.INT8, weight), n, k))
 
 
 @pytest.mark.parametrize("format", Format)

@@ -70,16 +70,17 @@ def test_quantised_weights_are_used_as_what_they_stand_for(kind: str, quantizati
     exact = Driver(load_model(path)).run(tokens, 200)
     for chunk in (200, 20, 1):
         found = Driver(model).run(tokens, chunk)
-        assert (found - exact).abs().mean() < 1.8 * rounding, chunk
+        assert (found - exact).abs().mean() < 2 * rounding, chunk
 
 
 def as_packed(name: str, weight: Tensor, quantization: str) -> Tensor:
     """What a weight of the checkpoint stands for when it is packed."""
-    kept = weight.dim() == 1 or name.endswith(("embed_tokens.weight", "kv_b_proj.weight", "mlp.gate.weight"))
+    kept = weight.dim() == 1 or name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
     if kept:
         return weight
     assert KERNELS is not None
-    format = Format[quantization.upper()] if "kv_a_proj" not in name else Format.INT8
+    latent = name.endswith(("kv_a_proj_with_mqa.weight", "kv_b_proj.weight"))
+    format = Format.INT8 if latent else Format[quantization.upper()]
     return unpack(format, pack(KERNELS, format, weight.bfloat16()), *weight.shape).contiguous()
 
 

@@ -10,9 +10,10 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // all else stays inside the library
 
-#define LATENTD_ABI 4
+#define LATENTD_ABI 5
 
-typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2 } latentd_format;
+// INT8_INPUTS: the numbers of INT8 of the transposed weight, whose scales are multiplied into the activations.
+typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2, LATENTD_INT8_INPUTS = 3 } latentd_format;
 
 int latentd_abi(void);
 // "avx512_bf16", "avx512", "avx2" or "portable": the best that this machine runs, unless another was asked for.
@@ -21,7 +22,8 @@ const char* latentd_isa(void);
 int latentd_use_isa(const char* name);
 void latentd_set_threads(int threads);
 
-// A weight [N, K], K a multiple of 32, as the kernels read it: 64 rows side by side (missing ones are 0).
+// A weight [N, K], K a multiple of 32, as the kernels read it: 64 rows side by side (missing ones are 0). That of
+// LATENTD_INT8_INPUTS is given as its transpose, [K, N].
 size_t latentd_packed_bytes(latentd_format format, int64_t n, int64_t k);
 void latentd_pack(latentd_format format, const uint16_t* weight, int64_t n, int64_t k, void* packed);
 
@@ -67,14 +69,15 @@ void latentd_rope_and_cache(const latentd_attention_shape* shape, int64_t layer,
                             const uint16_t* norm_weight, float eps, const float* cosines, const float* sines,
                             const int64_t* slot_mapping, uint16_t* q_rope, int64_t token_stride, int64_t head_stride);
 
-// output [T, H, dv]. q_nope [T, H, dn] and q_rope [T, H, dr] with strides. Packed bf16 weights of each head, one behind
-// the other: absorb [rank, nope] (W_UK transposed), expand [nope, rank] (W_UK), value [dv, rank] (W_UV). Rows are
-// attended absorbed or expanded, whichever needs fewer operations. workspace: latentd_attention_workspace bytes.
+// output [T, H, dv]. q_nope [T, H, dn] and q_rope [T, H, dr] with strides. Packed weights of each head, one behind the
+// other: absorb [rank, nope] (W_UK transposed), expand [nope, rank] (W_UK), value [dv, rank] (W_UV), in bf16, or in int8
+// with absorb in LATENTD_INT8_INPUTS. Rows are attended absorbed or expanded, whichever needs fewer operations.
+// workspace: latentd_attention_workspace bytes.
 size_t latentd_attention_workspace(const latentd_attention_shape* shape);
-void latentd_attention(const latentd_attention_shape* shape, int64_t layer, const uint16_t* q_nope,
-                       int64_t nope_token_stride, int64_t nope_head_stride, const uint16_t* q_rope,
-                       int64_t rope_token_stride, int64_t rope_head_stride, const void* absorb, const void* expand,
-                       const void* value, uint16_t* output, void* workspace);
+void latentd_attention(latentd_format format, const latentd_attention_shape* shape, int64_t layer,
+                       const uint16_t* q_nope, int64_t nope_token_stride, int64_t nope_head_stride,
+                       const uint16_t* q_rope, int64_t rope_token_stride, int64_t rope_head_stride,
+                       const void* absorb, const void* expand, const void* value, uint16_t* output, void* workspace);
 
 typedef struct {
     int64_t experts, groups, top_groups, per_token;  // E, n_group, topk_group, k

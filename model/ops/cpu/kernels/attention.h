@@ -59,10 +59,11 @@ inline size_t attention_workspace(const latentd_attention_shape* shape) {
     return size_t(AttentionPlan(Arena{0}, *shape, true).end) + 64;  // wherever it begins
 }
 
-inline void attention(const latentd_attention_shape* shape, int64_t layer, const uint16_t* q_nope,
-                      int64_t nope_token_stride, int64_t nope_head_stride, const uint16_t* q_rope,
-                      int64_t rope_token_stride, int64_t rope_head_stride, const void* absorb, const void* expand,
-                      const void* value, uint16_t* output, void* workspace) {
+inline void attention(latentd_format format, const latentd_attention_shape* shape, int64_t layer,
+                      const uint16_t* q_nope, int64_t nope_token_stride, int64_t nope_head_stride,
+                      const uint16_t* q_rope, int64_t rope_token_stride, int64_t rope_head_stride,
+                      const void* absorb, const void* expand, const void* value, uint16_t* output, void* workspace) {
+    latentd_format transposed = format == LATENTD_BF16 ? LATENTD_BF16 : LATENTD_INT8_INPUTS;
     AttentionPlan plan(Arena{reinterpret_cast<uintptr_t>(workspace)}, *shape, false);
     AttentionStep step{*shape,
                        layer,
@@ -72,9 +73,9 @@ inline void attention(const latentd_attention_shape* shape, int64_t layer, const
                        nope_head_stride,
                        rope_token_stride,
                        rope_head_stride,
-                       HeadWeight(absorb, shape->heads, shape->rank, shape->nope),
-                       HeadWeight(expand, shape->heads, shape->nope, shape->rank),
-                       HeadWeight(value, shape->heads, shape->value, shape->rank),
+                       HeadWeight(transposed, absorb, shape->heads, shape->rank, shape->nope),
+                       HeadWeight(format, expand, shape->heads, shape->nope, shape->rank),
+                       HeadWeight(format, value, shape->heads, shape->value, shape->rank),
                        output};
     AbsorbedAttention absorbed(plan.rest, plan.capacity, *shape);
     int64_t row = 0;

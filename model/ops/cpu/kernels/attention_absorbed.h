@@ -13,7 +13,6 @@ namespace ISA {
 constexpr int64_t SPLIT_KEYS = 512;
 constexpr int64_t MAX_SPLITS = 64;
 constexpr int64_t WAVE_SUMS = 8192;
-constexpr int64_t TOKENS_A_JOB = 8 * TILE_ROWS;
 
 // Keys of a split, where a token sees so many.
 inline int64_t split_size(int64_t keys) {
@@ -122,7 +121,7 @@ private:
             latentd::parallel_for(heads * parts, [&](int64_t index) {
                 int64_t first = index % parts * TOKENS_A_JOB;
                 (this->*work)(step, first_token, first, smaller(TOKENS_A_JOB, tokens - first), index / parts,
-                              latentd::likely_next(index) / parts);
+                              latentd::likely_next(index) / parts, scratch[latentd::thread_index()]);
             });
         };
         by_head(&AbsorbedAttention::absorb);
@@ -134,14 +133,16 @@ private:
 
     // Queries of one head become latent ones.
     void absorb(const AttentionStep& step, int64_t first_token, int64_t first, int64_t count, int64_t head,
-                int64_t next_head) {
+                int64_t next_head, const PageScratch& scratch) {
         const auto& shape = step.shape;
         int64_t width = step.latent_width(), stride = shape.heads * width;
         bf16* latents = latents_ + first * stride + head * width;
         const bf16* queries = step.nope(first_token + first, head);
         float products[TOKENS_A_JOB * COLUMNS];
         for (int64_t column = 0; column < shape.rank; column += COLUMNS) {
-            step.absorb.multiply(head, column, queries, step.nope_token_stride, count, products, next_head);
+            const uint8_t* panel = step.absorb.panel(head, column);
+            Rows rows = step.absorb.encode(queries, step.nope_token_stride, count, panel, scratch.rows);
+            step.absorb.multiply(head, column, rows, count, products, next_head);
             for (int64_t i = 0; i < count; i++)
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.rank - column), latents + i * stride + column);
         }
@@ -194,15 +195,16 @@ private:
 
     // The sums of one head over all keys, as latents in the place of the queries, then as values.
     void finish(const AttentionStep& step, int64_t first_token, int64_t first, int64_t count, int64_t head,
-                int64_t next_head) {
+                int64_t next_head, const PageScratch& scratch) {
         const auto& shape = step.shape;
         int64_t width = step.latent_width(), stride = shape.heads * width;
         bf16* latents = latents_ + first * stride + head * width;
         for (int64_t i = 0; i < count; i++)
             if (tokens_[first + i].splits > 1) merge(tokens_[first + i], head, shape.rank, latents + i * stride);
+        Rows rows = step.value.encode(latents, stride, count, step.value.panel(head, 0), scratch.rows);
         float products[TOKENS_A_JOB * COLUMNS];
         for (int64_t column = 0; column < shape.value; column += COLUMNS) {
-            step.value.multiply(head, column, latents, stride, count, products, next_head);
+            step.value.multiply(head, column, rows, count, products, next_head);
             for (int64_t i = 0; i < count; i++)
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.value - column),
                        step.attended(first_token + first + i, head) + column);

@@ -26,6 +26,7 @@ public:
         totals_ = arena.take<float>(heads_ * tiles_ * QUERIES);
         keys_ = arena.take<bf16>(heads_ * block_keys_ * key_width_);
         values_ = arena.take<bf16>(heads_ * block_keys_ * sum_width_);
+        quantised_ = arena.take<QuantisedGroup>(block_keys_ * latentd::groups(shape.rank));
         end_ = arena.at;
     }
 
@@ -38,6 +39,12 @@ public:
             int64_t heads = smaller(heads_, step.shape.heads - head);
             for (int64_t key = 0; key < context; key += block_keys_) {
                 int64_t stop = smaller(key + block_keys_, context), pages = (stop - key + KEYS - 1) / KEYS;
+                if (step.expand.format != LATENTD_BF16)
+                    latentd::parallel_for(pages, [&](int64_t page) {
+                        int64_t first = key + page * KEYS;
+                        step.expand.encode(step.page(row, first), step.latent_width(), smaller(KEYS, stop - first),
+                                           nullptr, quantised_ + page * KEYS * latentd::groups(step.shape.rank));
+                    });
                 latentd::parallel_for(heads * pages, [&](int64_t index) {
                     int64_t page = key + index % pages * KEYS;
                     rebuild(step, row, head, index / pages, page, smaller(KEYS, stop - page), page - key,
@@ -62,8 +69,11 @@ private:
         bf16* keys = keys_ + (slot * block_keys_ + at) * key_width_;
         bf16* values = values_ + (slot * block_keys_ + at) * sum_width_;
         float* products = scratch.scores;
+        Rows rows = {latents, width * int64_t(sizeof(bf16))};
+        if (step.expand.format != LATENTD_BF16)
+            rows = {quantised_ + at * latentd::groups(shape.rank), activation_bytes(step.expand.format, shape.rank)};
         for (int64_t column = 0; column < shape.nope; column += COLUMNS) {
-            tile(count, latents, width, step.expand.rows(head, column), shape.rank / 2, products, COLUMNS, false);
+            step.expand.multiply(head, column, rows, count, products, shape.heads);
             for (int64_t i = 0; i < count; i++)
                 narrow(products + i * COLUMNS, smaller(COLUMNS, shape.nope - column), keys + i * key_width_ + column);
         }
@@ -72,7 +82,7 @@ private:
                    size_t(shape.rope) * sizeof(bf16));
         bf16* rounded = scratch.probabilities;
         for (int64_t column = 0; column < shape.value; column += COLUMNS) {
-            tile(count, latents, width, step.value.rows(head, column), shape.rank / 2, products, COLUMNS, false);
+            step.value.multiply(head, column, rows, count, products, shape.heads);
             narrow(products, count * COLUMNS, rounded);
             pair_keys(rounded, COLUMNS, count, COLUMNS, values + column * KEYS);
         }
@@ -128,6 +138,7 @@ private:
 
     int64_t key_width_, sum_width_, tiles_;
     int64_t heads_, block_keys_;  // at a time
+    QuantisedGroup* quantised_;   // [block_keys_, groups of rank]: latents, for weights that want them so
     float* sums_;                 // [heads_, tiles_, 64, sum_width_]
     float *peaks_, *totals_;      // [heads_, tiles_, 64]
     bf16* keys_;                  // [heads_, block_keys_, key_width_]

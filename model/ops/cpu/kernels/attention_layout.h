@@ -7,6 +7,7 @@ namespace ISA {
 
 constexpr int64_t KEYS = 64;     // of a cache block: what is attended to at a time
 constexpr int64_t QUERIES = 64;  // attended together at most
+constexpr int64_t TOKENS_A_JOB = 8 * TILE_ROWS;  // that meet a head's weights together
 
 LATENTD_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 LATENTD_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

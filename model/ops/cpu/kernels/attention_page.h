@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_layout.h"
+#include "product.h"
 
 namespace ISA {
 
@@ -30,12 +31,14 @@ struct PageScratch {
     bf16* values;         // [32][64][2]
     float* scores;        // [64 keys][64 queries]; then pairs of probabilities, [32][64][2] bf16
     bf16* probabilities;  // [64 queries][64 keys]
+    QuantisedGroup* rows;  // [TOKENS_A_JOB, groups of width]: a head's, for weights that want them so
 
     PageScratch(Arena& arena, int64_t width)
         : queries(arena.take<bf16>(width * QUERIES)),
           values(arena.take<bf16>(VALUE_BLOCK)),
           scores(arena.take<float>(KEYS * QUERIES)),
-          probabilities(arena.take<bf16>(QUERIES * KEYS)) {}
+          probabilities(arena.take<bf16>(QUERIES * KEYS)),
+          rows(arena.take<QuantisedGroup>(TOKENS_A_JOB * latentd::groups(width))) {}
 };
 
 // Queries attended together, and what they have seen.

@@ -8,25 +8,44 @@
 
 namespace ISA {
 
+// Rows as a product reads them, so many bytes apart.
+struct Rows {
+    const void* data;
+    int64_t stride;
+};
+
 // The packed weights [n, k] of all heads, one behind the other.
 struct HeadWeight {
-    const bf16* data;
+    latentd_format format;
+    const uint8_t* data;
     int64_t heads, n, k;
 
-    HeadWeight(const void* packed, int64_t heads, int64_t n, int64_t k)
-        : data(static_cast<const bf16*>(packed)), heads(heads), n(n), k(k) {}
+    HeadWeight(latentd_format format, const void* packed, int64_t heads, int64_t n, int64_t k)
+        : format(format), data(static_cast<const uint8_t*>(packed)), heads(heads), n(n), k(k) {}
 
-    // The panel of rows from `first` on, a multiple of 64.
-    const bf16* rows(int64_t head, int64_t first) const {
-        return data + (head * latentd::panels(n) + first / COLUMNS) * (k * latentd::PANEL);
+    // That of rows from `first` on, a multiple of 64.
+    const uint8_t* panel(int64_t head, int64_t first) const {
+        return data + (head * latentd::panels(n) + first / COLUMNS) * latentd::panel_bytes(format, k);
     }
 
-    // Columns [first, first + 64) of some rows' product with a head's weight. x [count, k], rows ldx apart; product
-    // [count, 64]. After the head's last columns those of `next_head`, if there is one, are wanted.
-    void multiply(int64_t head, int64_t first, const bf16* x, int64_t ldx, int64_t count, float* product,
+    // Rows x [count, k], ldx apart, for a product with a panel, or, but of LATENTD_INT8_INPUTS, with any. `space`
+    // [count, groups of k] is where they go unless they serve as they are.
+    Rows encode(const bf16* x, int64_t ldx, int64_t count, const uint8_t* panel, QuantisedGroup* space) const {
+        if (format == LATENTD_BF16) return {x, ldx * int64_t(sizeof(bf16))};
+        for (int64_t row = 0; row < count; row++, x += ldx) {
+            QuantisedGroup* to = space + row * latentd::groups(k);
+            if (format == LATENTD_INT8_INPUTS) quantise_scaled(x, k, panel, to);
+            else quantise(x, k, latentd::zero_of(format), to);
+        }
+        return {space, activation_bytes(format, k)};
+    }
+
+    // Columns [first, first + 64) of some rows' product with a head's weight, [count, 64]. After the head's last columns
+    // those of `next_head`, if there is one, are wanted.
+    void multiply(int64_t head, int64_t first, const Rows& rows, int64_t count, float* product,
                   int64_t next_head) const {
-        const bf16* next = first + COLUMNS < n ? rows(head, first + COLUMNS) : rows(next_head, 0);
-        panel_product(LATENTD_BF16, count, x, ldx * int64_t(sizeof(bf16)), rows(head, first), k, product, COLUMNS,
+        const uint8_t* next = first + COLUMNS < n ? panel(head, first + COLUMNS) : panel(next_head, 0);
+        panel_product(format, count, rows.data, rows.stride, panel(head, first), k, product, COLUMNS,
                       next_head < heads ? next : nullptr);
     }
 };

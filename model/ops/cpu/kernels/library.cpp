@@ -119,12 +119,12 @@ size_t latentd_attention_workspace(const latentd_attention_shape* shape) {
     return chosen->kernels->attention_workspace(shape);
 }
 
-void latentd_attention(const latentd_attention_shape* shape, int64_t layer, const uint16_t* q_nope,
-                       int64_t nope_token_stride, int64_t nope_head_stride, const uint16_t* q_rope,
-                       int64_t rope_token_stride, int64_t rope_head_stride, const void* absorb, const void* expand,
-                       const void* value, uint16_t* output, void* workspace) {
-    chosen->kernels->attention(shape, layer, q_nope, nope_token_stride, nope_head_stride, q_rope, rope_token_stride,
-                               rope_head_stride, absorb, expand, value, output, workspace);
+void latentd_attention(latentd_format format, const latentd_attention_shape* shape, int64_t layer,
+                       const uint16_t* q_nope, int64_t nope_token_stride, int64_t nope_head_stride,
+                       const uint16_t* q_rope, int64_t rope_token_stride, int64_t rope_head_stride,
+                       const void* absorb, const void* expand, const void* value, uint16_t* output, void* workspace) {
+    chosen->kernels->attention(format, shape, layer, q_nope, nope_token_stride, nope_head_stride, q_rope,
+                               rope_token_stride, rope_head_stride, absorb, expand, value, output, workspace);
 }
 
 size_t latentd_router_workspace(int64_t tokens, int64_t experts) {

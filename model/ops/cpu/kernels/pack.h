@@ -84,23 +84,29 @@ LATENTD_INLINE GroupOfRows read_group(const bf16* weight, int64_t rows, int64_t 
     return group;
 }
 
+// What each of the rows is counted in, and its numbers, the zero added.
+template <latentd_format FORMAT>
+LATENTD_INLINE Float count_group(const GroupOfRows& group, Uint* numbers) {
+    constexpr bool HALVES = FORMAT == LATENTD_INT4;
+    constexpr float LOWEST = HALVES ? -8.0f : -127.0f, HIGHEST = HALVES ? 7.0f : 127.0f;
+    Float scale = HALVES ? int4_scale(group) : magnitude(extreme(group)) * splat(1.0f / 127.0f);
+    scale = as_bf16(scale);
+    Float inverse_scale = inverse(scale);
+    for (int64_t i = 0; i < GROUP; i++) {
+        Float number = counted(group.values[i], inverse_scale, LOWEST, HIGHEST) + splat(latentd::zero_of(FORMAT));
+        numbers[i] = bits<Uint>(__builtin_convertvector(number, Int));
+    }
+    return scale;
+}
+
 template <latentd_format FORMAT>
 inline void pack_group(const bf16* weight, int64_t rows, int64_t k, int64_t count, uint8_t* to) {
     constexpr bool HALVES = FORMAT == LATENTD_INT4;
-    constexpr float ZERO = latentd::zero_of(FORMAT);
-    constexpr float LOWEST = HALVES ? -8.0f : -127.0f, HIGHEST = HALVES ? 7.0f : 127.0f;
     bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(FORMAT));
     for (int64_t first = 0; first < PANEL; first += LANES) {
         GroupOfRows group = read_group(weight, rows, k, count, first);
-        Float scale = HALVES ? int4_scale(group) : magnitude(extreme(group)) * splat(1.0f / 127.0f);
-        scale = as_bf16(scale);
-        store(scales + first, scale);
-        Float inverse_scale = inverse(scale);
         Uint numbers[GROUP];
-        for (int64_t i = 0; i < GROUP; i++) {
-            Float number = counted(group.values[i], inverse_scale, LOWEST, HIGHEST) + splat(ZERO);
-            numbers[i] = bits<Uint>(__builtin_convertvector(number, Int));
-        }
+        store(scales + first, count_group<FORMAT>(group, numbers));
         for (int64_t quad = 0; quad < GROUP / 4; quad += HALVES ? 2 : 1) {
             Uint packed = {};
             for (int64_t i = 0; i < 4; i++) {
@@ -112,6 +118,21 @@ inline void pack_group(const bf16* weight, int64_t rows, int64_t k, int64_t coun
     }
 }
 
+// Rows of the weight become k of the panel: each keeps its scale, and four of them lie beside each other.
+inline void pack_inputs(const bf16* weight, int64_t rows, int64_t k, int64_t count, uint8_t* to) {
+    bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(LATENTD_INT8_INPUTS));
+    for (int64_t first = 0; first < GROUP; first += LANES) {
+        Uint numbers[GROUP];
+        store(scales + first, count_group<LATENTD_INT8_INPUTS>(read_group(weight, rows, k, count, first), numbers));
+        for (int64_t column = 0; column < PANEL; column++) {
+            typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+            Bytes bytes = __builtin_convertvector(numbers[column], Bytes);
+            for (int64_t i = 0; i < LANES; i += 4)
+                memcpy(to + (first + i) * PANEL + 4 * column, reinterpret_cast<const uint8_t*>(&bytes) + i, 4);
+        }
+    }
+}
+
 inline void pack_pairs(const bf16* weight, int64_t rows, int64_t k, bf16* to) {
     for (int64_t pair = 0; pair < k / 2; pair++, to += 2 * PANEL) {
         for (int64_t row = 0; row < rows; row++) memcpy(to + 2 * row, weight + row * k + 2 * pair, 4);
@@ -119,7 +140,18 @@ inline void pack_pairs(const bf16* weight, int64_t rows, int64_t k, bf16* to) {
     }
 }
 
+// weight [k, n]
+inline void pack_transposed(const bf16* weight, int64_t n, int64_t k, uint8_t* packed) {
+    latentd::parallel_for(latentd::panels(n), [=](int64_t panel) {
+        uint8_t* to = packed + panel * latentd::panel_bytes(LATENTD_INT8_INPUTS, k);
+        int64_t column = panel * PANEL, columns = n - column < PANEL ? n - column : PANEL;
+        for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(LATENTD_INT8_INPUTS))
+            pack_inputs(weight + i * n + column, k - i, n, columns, to);
+    });
+}
+
 inline void pack(latentd_format format, const bf16* weight, int64_t n, int64_t k, void* packed) {
+    if (format == LATENTD_INT8_INPUTS) return pack_transposed(weight, n, k, static_cast<uint8_t*>(packed));
     latentd::parallel_for(latentd::panels(n), [=](int64_t panel) {
         const bf16* from = weight + panel * PANEL * k;
         uint8_t* to = static_cast<uint8_t*>(packed) + panel * latentd::panel_bytes(format, k);

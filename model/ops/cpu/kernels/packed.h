@@ -4,7 +4,9 @@
 //   bf16: [K / 2][64][2] bf16, pairs of consecutive k beside each other;
 //   int8: for every group of 64 k, [16][64][4] bytes, w / scale + 128 of four consecutive k, then 64 bf16 scales;
 //   int4: for every group of 64 k, [8][64][4] bytes, the i-th of whose low halves are w / scale + 8 of the k in
-//         [8 i, 8 i + 4), and whose high halves are those of the next four k; then 64 bf16 scales.
+//         [8 i, 8 i + 4), and whose high halves are those of the next four k; then 64 bf16 scales;
+//   int8_inputs: as int8, but the 64 scales are those of the group's k. A matrix and its transpose are the same
+//         numbers so: int8 of the one has its scales where int8_inputs of the other has them.
 // The last group is filled up with weights of 0. Weights are unsigned because the instruction for bytes wants one side to be.
 #pragma once
 
@@ -16,10 +18,10 @@ constexpr int64_t PANEL = 64;
 constexpr int64_t GROUP = 64;
 
 // The number of a group that stands for 0.
-constexpr int32_t zero_of(latentd_format format) { return format == LATENTD_INT8 ? 128 : 8; }
+constexpr int32_t zero_of(latentd_format format) { return format == LATENTD_INT4 ? 8 : 128; }
 
 // Of a panel's group: its weights, and with its scales.
-constexpr int64_t weight_bytes(latentd_format format) { return PANEL * GROUP / (format == LATENTD_INT8 ? 1 : 2); }
+constexpr int64_t weight_bytes(latentd_format format) { return PANEL * GROUP / (format == LATENTD_INT4 ? 2 : 1); }
 constexpr int64_t group_bytes(latentd_format format) { return weight_bytes(format) + PANEL * 2; }
 
 constexpr int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }

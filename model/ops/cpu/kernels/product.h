@@ -1,7 +1,7 @@
 // C = A B of rows of activations with one panel of a packed weight, whatever its format.
 //
-// bf16 weights take bf16 activations as they are. int8 and int4 weights take activations that are quantised too, each
-// group of 64 with a scale of its own, so that the sum over a group is one of whole numbers, and exact. The sum over k
+// bf16 weights take bf16 activations as they are. Quantised weights take activations that are quantised too, each group
+// of 64 with a scale of its own, so that the sum over a group is one of whole numbers, and exact. The sum over k
 // runs in one order whatever the number of rows is: a row's result does not depend on which rows it is computed with.
 #pragma once
 
@@ -58,12 +58,24 @@ inline void quantise(const bf16* x, int64_t k, int zero, QuantisedGroup* to) {
     }
 }
 
-// Rows of A are lda groups apart. BYTES: a weight is a byte, or half a one.
-template <int ROWS, bool BYTES>
+// For a panel of LATENTD_INT8_INPUTS: numbers times the scales of its weights.
+inline void quantise_scaled(const bf16* x, int64_t k, const uint8_t* panel, QuantisedGroup* to) {
+    for (; k > 0; k -= GROUP, x += GROUP, to++, panel += latentd::group_bytes(LATENTD_INT8_INPUTS)) {
+        const bf16* scales = reinterpret_cast<const bf16*>(panel + latentd::weight_bytes(LATENTD_INT8_INPUTS));
+        int64_t count = k < GROUP ? k : GROUP;
+        bf16 scaled[GROUP];
+        for (int64_t i = 0; i < count; i += LANES) store(scaled + i, load(x + i) * load(scales + i));
+        quantise(scaled, count, latentd::zero_of(LATENTD_INT8_INPUTS), to);
+    }
+}
+
+// Rows of A are lda groups apart.
+template <int ROWS, latentd_format FORMAT>
 LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups,
                                float* c, int64_t ldc, bool add, Ahead ahead) {
     constexpr int VECTORS = vectors_of(2 * ROWS);
-    constexpr int64_t WEIGHTS = PANEL * GROUP / (BYTES ? 1 : 2);
+    constexpr bool BYTES = FORMAT != LATENTD_INT4;  // a weight is one, or half a one
+    constexpr int64_t WEIGHTS = latentd::weight_bytes(FORMAT);
     for (int64_t first = 0; first < PANEL; first += VECTORS * LANES, ahead.lines = 0) {
         Float total[ROWS][VECTORS];
         LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
@@ -91,7 +103,7 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
             }
             const bf16* scales = reinterpret_cast<const bf16*>(from - 4 * first + WEIGHTS) + first;
             for (int v = 0; v < VECTORS; v++) {
-                Float scale = load(scales + v * LANES);
+                Float scale = FORMAT == LATENTD_INT8_INPUTS ? splat(1.0f) : load(scales + v * LANES);
                 for (int row = 0; row < ROWS; row++) {
                     Float both_scales = scale * splat(a[row * lda + group].scale);
                     total[row][v] += __builtin_convertvector(sum[row][v], Float) * both_scales;
@@ -107,18 +119,18 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
 // to TILE_ROWS that have no others beside them pass at once, so that the weights are one long stream.
 constexpr int GROUP_ROWS = TILE_ROWS * 2 / 3;
 
-template <bool BYTES>
+template <latentd_format FORMAT>
 inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups,
                        float* c, int64_t ldc, bool add, Ahead ahead) {
     switch (rows) {
 #if defined(__AVX512F__)
-        case 6: group_rows<6, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 5: group_rows<5, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 6: group_rows<6, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 5: group_rows<5, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
 #endif
-        case 4: group_rows<4, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 3: group_rows<3, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 2: group_rows<2, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 1: group_rows<1, BYTES>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 4: group_rows<4, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 3: group_rows<3, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 2: group_rows<2, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 1: group_rows<1, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
     }
 }
 
@@ -130,8 +142,10 @@ inline void block_product(latentd_format format, int64_t rows, const char* a, in
                     add, ahead);
     const QuantisedGroup* groups = reinterpret_cast<const QuantisedGroup*>(a);
     int64_t stride = lda / int64_t(sizeof(QuantisedGroup));
-    if (format == LATENTD_INT8) group_tile<true>(rows, groups, stride, b, latentd::groups(k), c, ldc, add, ahead);
-    else group_tile<false>(rows, groups, stride, b, latentd::groups(k), c, ldc, add, ahead);
+    auto product = format == LATENTD_INT8   ? group_tile<LATENTD_INT8>
+                   : format == LATENTD_INT4 ? group_tile<LATENTD_INT4>
+                                            : group_tile<LATENTD_INT8_INPUTS>;
+    product(rows, groups, stride, b, latentd::groups(k), c, ldc, add, ahead);
 }
 
 // Rows of A lie `lda` bytes apart, each activation_bytes long; those of C, 64 numbers each, ldc floats. `next`: the
@@ -152,7 +166,7 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
         const uint8_t* following = last ? static_cast<const uint8_t*>(next) : from + latentd::panel_bytes(format, some);
         int64_t left = last ? k : k - first - some;
         int64_t wanted = following ? latentd::panel_bytes(format, left < block ? left : block) / 64 : 0;  // in lines
-        int64_t steps = format == LATENTD_BF16 ? some / 2 : latentd::groups(some) * (GROUP / (format == LATENTD_INT8 ? 4 : 8));
+        int64_t steps = format == LATENTD_BF16 ? some / 2 : latentd::groups(some) * (GROUP / (format == LATENTD_INT4 ? 8 : 4));
         int64_t fetching = tiles < 4 ? tiles : 4, lines = (wanted + steps * fetching - 1) / (steps * fetching);
         for (int64_t tile = 0, row = 0, count; tile < tiles; tile++, row += count) {
             count = (rows - row + tiles - tile - 1) / (tiles - tile);  // of about equal size

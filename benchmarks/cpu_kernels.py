@@ -152,7 +152,7 @@ def attend(
     kernels: Library, shape: AttentionShape, layer: int, arguments: Sequence[Tensor], kept: Sequence[Tensor]
 ) -> None:
     """kept: what `shape` has the addresses of."""
-    kernels.attention(shape, layer, *arguments)
+    kernels.attention(Format.BF16, shape, layer, *arguments)
 
 
 def median_time(calls: Sequence[Callable[[], object]], seconds: float) -> float:

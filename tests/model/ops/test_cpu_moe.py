@@ -16,6 +16,7 @@ from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Routing, SwigluWeights, unpacked
 from model.rotary import Rotation
+from tests.model.ops.test_cpu_linear import FORMATS
 from tests.model.test_ops_eager import CONFIG
 
 EAGER = EagerOps()
@@ -271,7 +272,7 @@ def test_experts_are_summed_in_float32(kernels: Library) -> None:
     assert (found - only).abs().max() <= 0.01 * only.abs().max()
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_moe_is_its_linears(kernels: Library, format: Format) -> None:
     """`linear` is tested against the formula in each format; of the same sums, only the parts are put together here."""
     x, experts, shared, routing = bf16(40, 160), swiglu(160, 96, 6), swiglu(160, 224, seed=2), routing_of(40, 6, 3)
@@ -305,7 +306,7 @@ def test_quantised_experts_are_near(kernels: Library, format: Format, error: flo
     assert relative_error(found, exact) < error
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_token_gets_alone_what_it_gets_in_a_batch(kernels: Library, format: Format) -> None:
     x, routing = bf16(32, 512), routing_of(32, 8, 3)
     experts, shared = packed(kernels, swiglu(512, 96, 8), format), packed(kernels, swiglu(512, 192, seed=2), format)
@@ -319,7 +320,7 @@ def test_a_token_gets_alone_what_it_gets_in_a_batch(kernels: Library, format: Fo
     assert torch.equal(moe(kernels, x, backwards, experts, shared, x), together)
 
 
-@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("format", FORMATS)
 def test_results_do_not_depend_on_the_number_of_threads(kernels: Library, format: Format) -> None:
     """With so many tokens experts are split by rows, and with so many threads columns are, too."""
     x, experts, routing = bf16(450, 64), packed(kernels, swiglu(64, 96, 4), format), routing_of(450, 4, 2)

@@ -27,45 +27,48 @@ constexpr int64_t activation_bytes(latentd_format format, int64_t k) {
     return format == LATENTD_BF16 ? 2 * k : latentd::groups(k) * int64_t(sizeof(QuantisedGroup));
 }
 
-// `zero` is what stands for a weight of 0. Where there is a NaN or an infinity the scale is one, and every sum that the group takes part in is NaN.
+// A group of numbers, those from the row's end on 0. `zero` is what stands for a weight of 0. Where there is a NaN or an
+// infinity the scale is one, and every sum that the group takes part in is NaN.
+LATENTD_INLINE void quantise_group(const Float (&values)[GROUP / LANES], int zero, QuantisedGroup* to) {
+    // Magnitudes compare as integers do, NaN above all.
+    Int best{};
+    for (Float value : values) {
+        Int size = bits<Int>(value) & 0x7fffffff;
+        best = size > best ? size : best;
+    }
+    int32_t most = largest(best);
+    float reach = bits<float>(most);
+    to->scale = reach / 127.0f;
+    bool is_flat = most >= 0x7f800000 || reach < 1e-30f;  // only the scale says which
+    Float inverse = splat(is_flat ? 0.0f : 127.0f / reach);
+    Int sums{};
+    for (int64_t v = 0; v < GROUP / LANES; v++) {
+        Float value = values[v] * inverse + splat(12582912.0f);
+        Int number = is_flat ? Int{} : bits<Int>(value) - 0x4b400000;  // the low bits of that sum are the number
+        sums += number;
+        typedef int8_t Bytes __attribute__((vector_size(LANES)));
+        Bytes narrow = __builtin_convertvector(number, Bytes);
+        memcpy(to->values + v * LANES, &narrow, sizeof narrow);
+    }
+    to->start = -zero * sum(sums);
+}
+
+// A row [k].
 inline void quantise(const bf16* x, int64_t k, int zero, QuantisedGroup* to) {
     for (; k > 0; k -= GROUP, x += GROUP, to++) {
-        // Magnitudes compare as integers do, NaN above all.
-        int64_t count = k < GROUP ? k : GROUP;
-        uint16_t best = 0;
-        for (int64_t i = 0; i < count; i++) {
-            uint16_t size = x[i] & 0x7fff;
-            best = size > best ? size : best;
-        }
-        float largest = to_float(best);
-        to->scale = largest / 127.0f;
-        to->start = 0;
-        memset(to->values, 0, sizeof to->values);
-        if (best >= 0x7f80 || largest < 1e-30f) continue;  // only the scale says which
-        float inverse = 127.0f / largest;
-        Int sums = {};
-        for (int64_t i = 0; i < count; i += LANES) {
-            Float value = load(x + i) * splat(inverse) + splat(12582912.0f);
-            Int number = bits<Int>(value) - 0x4b400000;  // the low bits of that sum are the number
-            sums += number;
-            typedef int8_t Bytes __attribute__((vector_size(LANES)));
-            Bytes narrow = __builtin_convertvector(number, Bytes);
-            memcpy(to->values + i, &narrow, sizeof narrow);
-        }
-        int32_t lanes[LANES];
-        memcpy(lanes, &sums, sizeof lanes);
-        for (int64_t lane = 0; lane < LANES; lane++) to->start -= zero * lanes[lane];
+        Float values[GROUP / LANES] = {};
+        for (int64_t i = 0; i < GROUP && i < k; i += LANES) values[i / LANES] = load(x + i);
+        quantise_group(values, zero, to);
     }
 }
 
-// For a panel of LATENTD_INT8_INPUTS: numbers times the scales of its weights.
+// The same for a panel of LATENTD_INT8_INPUTS: numbers times the scales of its weights.
 inline void quantise_scaled(const bf16* x, int64_t k, const uint8_t* panel, QuantisedGroup* to) {
     for (; k > 0; k -= GROUP, x += GROUP, to++, panel += latentd::group_bytes(LATENTD_INT8_INPUTS)) {
         const bf16* scales = reinterpret_cast<const bf16*>(panel + latentd::weight_bytes(LATENTD_INT8_INPUTS));
-        int64_t count = k < GROUP ? k : GROUP;
-        bf16 scaled[GROUP];
-        for (int64_t i = 0; i < count; i += LANES) store(scaled + i, load(x + i) * load(scales + i));
-        quantise(scaled, count, latentd::zero_of(LATENTD_INT8_INPUTS), to);
+        Float values[GROUP / LANES] = {};
+        for (int64_t i = 0; i < GROUP && i < k; i += LANES) values[i / LANES] = load(x + i) * load(scales + i);
+        quantise_group(values, latentd::zero_of(LATENTD_INT8_INPUTS), to);
     }
 }
 

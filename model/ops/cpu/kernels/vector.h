@@ -96,13 +96,23 @@ LATENTD_INLINE void store(bf16* to, Float value) {
     memcpy(to, &narrow, sizeof narrow);
 }
 
+// Sums and largest lanes by a fixed tree, whatever the compiler would prefer.
 LATENTD_INLINE float sum(Float value) {
     float total[LANES];
     store(total, value);
-    // A fixed tree, whatever the compiler would prefer.
     for (int64_t width = LANES / 2; width > 0; width /= 2)
         for (int64_t lane = 0; lane < width; lane++) total[lane] += total[lane + width];
     return total[0];
+}
+
+LATENTD_INLINE int32_t sum(Int value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32(bits<__m512i>(value));
+#else
+    int32_t total = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) total += value[lane];
+    return total;
+#endif
 }
 
 LATENTD_INLINE float largest(Float value) {
@@ -112,6 +122,16 @@ LATENTD_INLINE float largest(Float value) {
         for (int64_t lane = 0; lane < width; lane++)
             best[lane] = best[lane + width] > best[lane] ? best[lane + width] : best[lane];
     return best[0];
+}
+
+LATENTD_INLINE int32_t largest(Int value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(bits<__m512i>(value));
+#else
+    int32_t best = value[0];
+    for (int64_t lane = 1; lane < LANES; lane++) best = value[lane] > best ? value[lane] : best;
+    return best;
+#endif
 }
 
 LATENTD_INLINE Float max(Float a, Float b) { return a > b ? a : b; }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 
 from server.settings import SettingsError
 
 BACKLOG = 2048
 SEND_BUFFER_BYTES = 128 * 1024
 """What the kernel keeps for a client that does not read; left to itself it takes megabytes for each."""
-_OPTIONS = (
+OPTIONS: Sequence[tuple[int, int, int]] = (
     (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
     (socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES // 2),  # the kernel doubles it
     # A client that vanished without a word is noticed within two minutes: while nothing is sent to it by four probes,
@@ -42,7 +43,7 @@ def bind(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     listener = socket.socket(family, kind, protocol)
     try:
-        for level, option, value in _OPTIONS:
+        for level, option, value in OPTIONS:
             listener.setsockopt(level, option, value)
         listener.bind(address)
         listener.listen(BACKLOG)

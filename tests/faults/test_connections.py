@@ -8,9 +8,11 @@ import re
 import resource
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -112,6 +114,19 @@ def test_f18_sixty_four_clients_that_do_not_read(start: StartDaemon, measured: M
         reset(connection)
     daemon.wait_idle(10)
     measured("F18", f"{held / 1024:.0f} KiB for each after 15 s; 50 tokens for another client took {seconds:.1f} s")
+
+
+def test_f19_clients_that_vanish_without_a_word(tmp_path: Path, measured: Measured) -> None:
+    """With three seconds instead of two minutes."""
+    network = ["unshare", "-rn"]
+    if subprocess.run([*network, "ip", "link", "set", "lo", "up"], capture_output=True).returncode:
+        pytest.skip("needs a network of its own")
+    command = [*network, sys.executable, "-m", "tests.faults.half_open", "inside", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0, ended.stderr
+    seconds = float(ended.stdout)
+    assert 2 < seconds < 10
+    measured("F19", f"the link cut: both clients given up after {seconds:.1f} s")
 
 
 def test_f26_no_file_left_for_a_connection(start: StartDaemon, measured: Measured) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
@@ -25,8 +26,8 @@ FREE_FORM = frozenset(
 """Fields that may hold any JSON: as objects in memory it is a hundred times larger than as text."""
 _MAX_NEUTRAL_BYTES = 64
 """No neutral value is longer; a longer one is not even decoded."""
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
-"""For valid JSON only: where a string does not end, the search would begin anew at each quote."""
+_STRING = re.compile(rb'"[^"]*+"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 _MAX_HEADER_NAMES = 32
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -66,7 +67,7 @@ def parse_body(
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[:1]
         if first[0]["type"] == "json_invalid":
-            raise BadRequest("The body is not valid JSON, or is nested too deeply.") from None
+            raise BadRequest("The body is not valid JSON.") from None
         raise invalid_fields(first) from None
     unread = [
         name
@@ -84,9 +85,17 @@ def _check_size(body: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
     for name in FREE_FORM & fields.keys():
         if memoryview(fields[name]).nbytes > (most := limits.FREE_FORM_BYTES.maximum):
             raise BadRequest(f"'{name}' may have {most} bytes at most, as JSON.", param=name)
+    deepest = limits.MAX_JSON_DEPTH.maximum
+    if _openings(body) <= deepest:
+        return  # neither deep nor many, whatever is text of them
+    # Sixteen megabytes take a tenth of a second: no escapes, then no text, then no strings but those with brackets.
+    bare = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_BRACKETS).replace(b'""', b"")
     most = limits.JSON_OBJECTS.maximum
-    if _openings(body) > most and _openings(_STRING.sub(b"", body)) > most:
+    # Between two of these strings stands a bracket.
+    if bare.count(b'"') > 4 * most + 2 or _openings(bare := _STRING.sub(b"", bare)) > most:
         raise BadRequest(f"The body may have {most} objects and lists at most.")
+    if max(accumulate(1 if bracket in b"[{" else -1 for bracket in bare)) > deepest + 1:
+        raise BadRequest(f"Each field of the body may have {deepest} nested levels at most.")
 
 
 def _openings(text: bytes) -> int:

@@ -32,7 +32,7 @@ FREE_FORM_BYTES = Limit(
     "tools, functions, response_format, structured_outputs, chat_template_kwargs, metadata, each as JSON",
 )
 JSON_OBJECTS = Limit("json_objects", 100_000, "objects and lists", "request body")
-MAX_JSON_DEPTH = Limit("json_depth", 200, "nested levels", "each field of the body")
+MAX_JSON_DEPTH = Limit("json_depth", 100, "nested levels", "each field of the body")
 MAX_REQUEST_ID = Limit("request_id", 128, "characters", "X-Request-Id")
 MESSAGES = Limit("messages", 4096, "messages", "messages", 1)
 CONTENT_PARTS = Limit("content_parts", 1024, "parts", "messages[].content")

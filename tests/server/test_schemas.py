@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from random import Random
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from server.errors import ApiError, UnsupportedParameter
+from server import limits
+from server.errors import ApiError, BadRequest, UnsupportedParameter
 from server.json_body import ignored_header, parse_body
 from server.schemas import chat, completion
 from server.schemas.chat import ChatCompletionRequest
@@ -26,6 +28,21 @@ def parse_chat(**fields: Any) -> ChatCompletionRequest:
 def parse_completion(**fields: Any) -> CompletionRequest:
     body = json.dumps({"prompt": "x", **fields}).encode()
     return parse_body(body, CompletionRequest, completion.UNSUPPORTED)[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_brackets_in_texts_are_no_levels(seed: int) -> None:
+    rng = Random(seed)
+
+    def text() -> str:
+        return "".join(rng.choices('\\"[]{}, a\n', k=rng.randrange(8)))
+
+    value: Any = text()
+    for _ in range(int(limits.MAX_JSON_DEPTH.maximum)):
+        value = rng.choice([[value, text()], [text(), value], {text(): value}, {text(): text(), "v": value}])
+    parse_chat(unknown=value, user=text())
+    with pytest.raises(BadRequest, match="Each field of the body may have 100 nested levels"):
+        parse_chat(unknown=[value], user=text())
 
 
 def test_null_is_absent_for_every_field() -> None:

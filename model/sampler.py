@@ -73,11 +73,6 @@ class SamplingInputs:
         """Which of the S rows have any penalty."""
         return np.flatnonzero((self.repetition != 1.0) | (self.presence != 0.0) | (self.frequency != 0.0))
 
-    @property
-    def truncates(self) -> bool:
-        """Some row has a top_k, top_p or min_p."""
-        return bool(self.top_k.any() or (self.top_p < 1.0).any() or self.min_p.any())
-
 
 def sample(logits: torch.Tensor, inputs: SamplingInputs | None) -> torch.Tensor:
     """One token id for each row of `logits` [S, V] float32 (overwritten), int64 [S]; NOT_FINITE where a row has other

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.ops.cpu.build import LIBRARY, X86_64
 
-ABI = 5
+ABI = 6
 """LATENTD_ABI of the library that this file describes."""
 
 ISAS = (*X86_64, "portable")
@@ -79,7 +79,7 @@ SIGNATURES = {
     "gather": "n pprip",
     "rotation": "n ppfripp",
     "argmax": "n prip",
-    "draw": "n pripppp",
+    "draw": "n prippppppp",
     "rope_and_cache": "n pipipfppppii",
     "attention_workspace": "s p",
     "attention": "n cpipiipiippppw",
@@ -187,11 +187,21 @@ class Library:
         """x [M, N] float32, contiguous; chosen [M] int64: the first of the largest, -1 where not all are finite."""
         self._argmax(x.data_ptr(), *x.shape, chosen.data_ptr())
 
-    def draw(self, x: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, chosen: Tensor) -> None:
-        """x [M, N] float32, contiguous, without NaN; temperature [M] float64; seed, position and chosen [M] int64."""
+    def draw(
+        self,
+        x: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        chosen: Tensor,
+    ) -> None:
+        """x [M, N] float32, contiguous, without NaN; temperature, top_p and min_p [M] float64, all else [M] int64."""
         self._draw(
-            *(x.data_ptr(), *x.shape, temperature.data_ptr(), seed.data_ptr(), position.data_ptr()),
-            chosen.data_ptr(),
+            *(x.data_ptr(), *x.shape, temperature.data_ptr(), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr()),
+            *(seed.data_ptr(), position.data_ptr(), chosen.data_ptr()),
         )
 
     def rope_and_cache(

@@ -17,7 +17,7 @@ from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
 from model.ops.cpu.replay import Recorder, Replay, StepRows
 from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
-from model.sampler import SamplingInputs, constrain, sample
+from model.sampler import SamplingInputs, constrain
 
 K_MULTIPLE = 32
 """Of the width of a weight's rows."""
@@ -123,8 +123,6 @@ class CpuOps:
         return y
 
     def sample(self, logits: Tensor, inputs: SamplingInputs | None) -> Tensor:
-        if inputs is not None and inputs.truncates:
-            return sample(logits, inputs)
         best = torch.empty(logits.shape[0], dtype=torch.int64)
         self._library.argmax(logits, best)
         if inputs is None:
@@ -133,8 +131,11 @@ class CpuOps:
         logits[broken] = -torch.inf  # so that nothing is drawn there
         constrain(logits, inputs)
         drawn = torch.empty_like(best)
-        temperature, position = torch.from_numpy(inputs.temperature), torch.from_numpy(inputs.position)
-        self._library.draw(logits, temperature, torch.from_numpy(inputs.seed.view(np.int64)), position, drawn)
+        columns = (
+            *(inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p),
+            *(inputs.seed.view(np.int64), inputs.position),
+        )
+        self._library.draw(logits, *map(torch.from_numpy, columns), drawn)
         return torch.where((drawn < 0) & ~broken, NONE_LEFT, drawn)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // all else stays inside the library
 
-#define LATENTD_ABI 5
+#define LATENTD_ABI 6
 
 // INT8_INPUTS: the numbers of INT8 of the transposed weight, whose scales are multiplied into the activations.
 typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2, LATENTD_INT8_INPUTS = 3 } latentd_format;
@@ -46,9 +46,10 @@ void latentd_rotation(const int64_t* positions, const float* frequencies, float 
 // The index [M] of the largest of each row of x [M, N], N > 0, the first of equal ones; -1 where not all are finite.
 void latentd_argmax(const float* x, int64_t m, int64_t n, int64_t* chosen);
 // An index [M] for each row of logits x [M, N], N > 0, as model/sampler.py draws it: the first of the largest where the
-// temperature [M] is 0. -inf is never chosen; -1 where all are -inf. None may be NaN.
-void latentd_draw(const float* x, int64_t m, int64_t n, const double* temperature, const uint64_t* seed,
-                  const int64_t* position, int64_t* chosen);
+// temperature [M] is 0. top_k [M] of 0, top_p [M] of 1 and min_p [M] of 0 limit nothing. -inf is never chosen; -1 where all are -inf. None may be NaN.
+void latentd_draw(const float* x, int64_t m, int64_t n, const double* temperature, const int64_t* top_k,
+                  const double* top_p, const double* min_p, const uint64_t* seed, const int64_t* position,
+                  int64_t* chosen);
 
 // What a layer's attention of one step needs to know of the rows and of the cache.
 typedef struct {

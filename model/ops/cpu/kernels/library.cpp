@@ -103,9 +103,10 @@ void latentd_argmax(const float* x, int64_t m, int64_t n, int64_t* index) {
     chosen->kernels->argmax(x, m, n, index);
 }
 
-void latentd_draw(const float* x, int64_t m, int64_t n, const double* temperature, const uint64_t* seed,
-                  const int64_t* position, int64_t* index) {
-    chosen->kernels->draw(x, m, n, temperature, seed, position, index);
+void latentd_draw(const float* x, int64_t m, int64_t n, const double* temperature, const int64_t* top_k,
+                  const double* top_p, const double* min_p, const uint64_t* seed, const int64_t* position,
+                  int64_t* index) {
+    chosen->kernels->draw(x, m, n, temperature, top_k, top_p, min_p, seed, position, index);
 }
 
 void latentd_rope_and_cache(const latentd_attention_shape* shape, int64_t layer, const uint16_t* kv, int64_t ldkv,

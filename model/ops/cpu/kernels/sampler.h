@@ -3,7 +3,7 @@
 
 #include "abi.h"
 #include "parallel.h"
-#include "vector.h"
+#include "truncation.h"
 
 namespace ISA {
 
@@ -65,18 +65,22 @@ LATENTD_INLINE double rest_of_uniform(uint64_t key, int64_t id) {
 
 // The id that arrives first: id i runs for -ln(u_i) / exp(below_i / temperature). Logarithm and exponential are
 // computed only where bounds do not tell that another was faster: -ln(u) >= 1 - u, and the number whose bits are
-// those of a float with y where its exponent belongs is at least 2^y.
-inline int64_t race(const float* x, int64_t n, Largest top, double temperature, uint64_t key) {
-    constexpr int64_t PIECE = 64;
+// those of a float with y where its exponent belongs is at least 2^y. Those below min_p, relative to the largest, and
+// those that are not kept do not run.
+inline int64_t race(const float* x, int64_t n, Largest top, double temperature, double min_p, Kept kept, uint64_t key) {
+    constexpr int64_t PIECE = Distances::COUNT;
     auto speed = [&](int64_t id) {
         double u = (double(mix64(key + uint64_t(id + 1) * GOLDEN_GAMMA) >> 11) + 0.5) * 0x1p-53;
-        return __builtin_exp(double(x[id] - top.value) / temperature) / -__builtin_log(u);
+        double weight = __builtin_exp(double(x[id] - top.value) / temperature);
+        return weight >= min_p ? weight / -__builtin_log(u) : 0.0;
     };
     double binary = 1.4426950408889634 / temperature;
     float scale = binary < 1e38 ? float(binary) : 1e38f;
     int64_t chosen = top.place;
     double fastest = speed(chosen);
     for (int64_t start = 0; start < n; start += PIECE) {
+        Distances distances(x, n, start, top.value);
+        if (!distances.any_within(kept.distance)) continue;
         int64_t count = start + PIECE < n ? PIECE : n - start;
         double least[PIECE];
         float most[PIECE];
@@ -88,7 +92,7 @@ inline int64_t race(const float* x, int64_t n, Largest top, double temperature, 
             least[i] = rest_of_uniform(key, start + i);
         }
         for (int64_t i = 0; i < count; i++) {
-            if (least[i] * fastest >= double(most[i])) continue;
+            if (!kept.take(distances.bits_of[i]) || least[i] * fastest >= double(most[i])) continue;
             double found = speed(start + i);
             if (found > fastest) {
                 fastest = found;
@@ -99,8 +103,23 @@ inline int64_t race(const float* x, int64_t n, Largest top, double temperature, 
     return chosen;
 }
 
-inline void draw(const float* x, int64_t m, int64_t n, const double* temperature, const uint64_t* seed,
-                 const int64_t* position, int64_t* chosen) {
+// Of a row that is not greedy.
+inline int64_t draw_one(const float* x, int64_t n, Largest top, double temperature, int64_t top_k, double top_p,
+                        double min_p, uint64_t key) {
+    double slope = 1.0 / temperature;
+    Kept kept = Truncation(x, n, top.value, slope < 1e38 ? float(slope) : 1e38f).keep(top_k, top_p);
+    if (min_p > 0.0) {
+        // What is farther has less than min_p for sure; of what is nearer the race computes it.
+        float farthest = float(__builtin_fabs(__builtin_log(min_p)) * temperature * 1.000001);
+        uint32_t limit = bits<uint32_t>(farthest);
+        if (limit < kept.distance) kept = {limit, n};
+    }
+    return race(x, n, top, temperature, min_p, kept, key);
+}
+
+inline void draw(const float* x, int64_t m, int64_t n, const double* temperature, const int64_t* top_k,
+                 const double* top_p, const double* min_p, const uint64_t* seed, const int64_t* position,
+                 int64_t* chosen) {
     latentd::parallel_for(m, [&](int64_t row) {
         Largest top = largest_of(x + row * n, n);
         if (top.place == n || top.value == -__builtin_inff())
@@ -108,7 +127,8 @@ inline void draw(const float* x, int64_t m, int64_t n, const double* temperature
         else if (temperature[row] == 0.0)
             chosen[row] = top.place;
         else
-            chosen[row] = race(x + row * n, n, top, temperature[row], mix64(mix64(seed[row]) ^ uint64_t(position[row])));
+            chosen[row] = draw_one(x + row * n, n, top, temperature[row], top_k[row], top_p[row], min_p[row],
+                                   mix64(mix64(seed[row]) ^ uint64_t(position[row])));
     });
 }
 

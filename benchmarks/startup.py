@@ -29,6 +29,7 @@ class Start:
     ready_seconds: float
     front_end_mb: float
     engine_mb: float
+    weights_mb: float
 
 
 def measure(model: str | None) -> Start:
@@ -47,8 +48,10 @@ def measure(model: str | None) -> Start:
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
                 answer.read()
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            return Start(ready_seconds, _resident_mb(process.pid), sum(_resident_mb(int(child)) for child in children))
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=5) as answer:
+                weights_mb = json.load(answer)["engine"]["weight_bytes"] / 1e6
+            [engine] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            return Start(ready_seconds, _resident_mb(process.pid), _resident_mb(int(engine)), weights_mb)
         finally:
             process.terminate()
 
@@ -86,7 +89,8 @@ def main() -> int:
     slowest = max(start.ready_seconds for start in starts)
     print(f"start to /ready, median of {len(starts)}   {ready:6.2f} s    (slowest {slowest:.2f} s; target 5 s)")
     print(f"front-end, resident              {front_end:6.1f} MB   (target 150 MB)")
-    print(f"engine, resident                 {engine:6.1f} MB")
+    beyond = engine - starts[0].weights_mb
+    print(f"engine, resident                 {engine:6.1f} MB   ({beyond:.0f} MB beyond the weights)")
     return int(arguments.check and (ready > READY_TARGET_SECONDS or front_end > FRONT_END_TARGET_MB))
 
 

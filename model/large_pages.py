@@ -23,16 +23,19 @@ class LargePages:
     """Not for several threads at once. What was handed out keeps its memory for itself."""
 
     def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._rests: list[Tensor] = []
+        """What is left of each chunk: a page that one weight has begun is filled up by a later one."""
 
     def empty(self, *shape: int) -> Tensor:
         """uint8, zeros."""
         size = math.prod(shape)
         taken = -(-size // _ALIGNMENT) * _ALIGNMENT
-        if taken > len(self._rest):
-            self._rest = _chunk(max(taken, _CHUNK_BYTES))  # memory that is never written costs nothing
-        piece, self._rest = self._rest[:size], self._rest[taken:]
-        return piece.view(shape)
+        place = next((i for i, rest in enumerate(self._rests) if len(rest) >= taken), len(self._rests))
+        if place == len(self._rests):
+            self._rests.append(_chunk(max(taken, _CHUNK_BYTES)))  # memory that is never written costs nothing
+        rest = self._rests[place]
+        self._rests[place] = rest[taken:]
+        return rest[:size].view(shape)
 
 
 def _chunk(size: int) -> Tensor:

@@ -20,7 +20,7 @@ from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.launched import LaunchedStep, Sampled, ScoredPrompt
 from model.logprobs import SLICE_ROWS, score, together
-from model.memory import available_memory, in_gib, require_memory, weight_bytes_in, weights_in
+from model.memory import available_memory, in_gib, require_memory, trim, weight_bytes_in, weights_in
 from model.ops.cpu.library import library
 from model.ops.cpu.ops import CpuOps, obstacle
 from model.ops.eager.linear import can_lay_out
@@ -258,6 +258,7 @@ def load_runner(
         torch.set_num_threads(1)  # its threads would spin on the cores of the kernels' own
     runner.prepare_decoding(max_num_seqs)
     runner.warm_up(max_num_batched_tokens)
+    trim()
     logger.info(
         "%s in %s on %s by the %s operations: %s of weights, "
         "%s of latent cache (%d blocks of %d tokens), at most %d tokens a request",

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from model.checkpoint import open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, load_config
+from model.memory import trim
 from server.address import BACKLOG, PortError, bind
 from server.banner import ready_text
 from server.chat_template import TemplateError
@@ -85,6 +86,7 @@ async def _serve(
         await asyncio.sleep(0.005)
     gc.collect()
     gc.freeze()  # what was imported stays: no collection between chunks need look at it
+    trim()
     _take_signals(signals)  # again: uvicorn has put its own handlers in place, and they cut open streams
 
     stopping = asyncio.create_task(signals.get())

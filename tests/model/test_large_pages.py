@@ -26,6 +26,12 @@ def test_pieces_are_apart_and_keep_their_contents() -> None:
     assert all((piece == i + 1).all() for i, piece in enumerate(pieces))
 
 
+def test_a_page_that_a_small_piece_has_begun_is_filled_up_by_those_behind_a_large_one() -> None:
+    pages = LargePages()
+    before, _, behind = (pages.empty(size) for size in (1000, 65 << 20, 1000))
+    assert behind.data_ptr() // PAGE_BYTES == before.data_ptr() // PAGE_BYTES
+
+
 def test_small_pieces_share_pages_that_the_system_is_asked_to_make_large() -> None:
     smaps = Path("/proc/self/smaps")
     if not smaps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from model.checkpoint import open_checkpoint
 from model.config import CheckpointError, DeepseekConfig, load_config
-from model.memory import available_memory, estimate_memory, require_memory, weight_bytes_in
+from model.memory import available_memory, estimate_memory, require_memory, trim, weight_bytes_in
 from tests.checkpoints import KINDS, make_checkpoint, make_config
 from tests.model.test_config import V2_LITE
 
@@ -95,3 +97,19 @@ def test_memory_of_a_control_group(tmp_path: Path) -> None:
     assert available_memory(fake_root(tmp_path / "b", memory__max="max", **files)) == 8_000_000 * 1024
     version1 = {"memory__usage_in_bytes": "3000000000", "memory__stat": "total_inactive_file 1"}
     assert available_memory(fake_root(tmp_path / "c", "memory", memory__limit_in_bytes="2000000000", **version1)) == 0
+
+
+def test_what_was_freed_in_pieces_goes_back_to_the_system() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("not this C library")
+    pieces = [bytearray(1 << 16) for _ in range(1024)]
+    last = pieces.pop()  # what lies before it cannot go back by itself
+    del pieces
+    before = resident_bytes()
+    trim()
+    assert resident_bytes() < before - (32 << 20)
+    assert len(last) == 1 << 16
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -135,7 +135,8 @@ class CpuOps:
             *(inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p),
             *(inputs.seed.view(np.int64), inputs.position),
         )
-        self._library.draw(logits, *map(torch.from_numpy, columns), chosen=drawn)
+        temperature, top_k, top_p, min_p, seed, position = map(torch.from_numpy, columns)
+        self._library.draw(logits, temperature, top_k, top_p, min_p, seed, position, drawn)
         return torch.where((drawn < 0) & ~broken, NONE_LEFT, drawn)
 
     def gather(self, table: Tensor, index: Tensor) -> Tensor:

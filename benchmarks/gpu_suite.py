@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,9 +170,22 @@ def step_inputs(suite: Suite, queries: int, contexts: Sequence[int], num_blocks:
     )
 
 
-def new_cache(suite: Suite, num_blocks: int, layers: int, dtype: torch.dtype | None = None) -> LatentCache:
-    cache = LatentCache(num_blocks, layers, suite.config.latent_dim, dtype or suite.dtype, suite.device)
-    cache.data.normal_(generator=torch.Generator(suite.device).manual_seed(3))
+def new_cache(
+    suite: Suite, num_blocks: int, layers: int, dtype: torch.dtype | None = None, fp8: bool = False
+) -> LatentCache:
+    rank = suite.config.kv_lora_rank
+    shape = (num_blocks, layers, suite.config.latent_dim)
+    cache = LatentCache(*shape, dtype or suite.dtype, suite.device, fp8_latents=rank if fp8 else 0)
+    generator = torch.Generator(suite.device).manual_seed(3)
+    if not fp8:
+        cache.data.normal_(generator=generator)
+        return cache
+    for layer in range(layers):
+        latents, scales, keys = cache.planes(layer, rank)
+        assert scales is not None
+        latents.random_(0, 0x78, generator=generator)  # up to 256
+        scales.fill_(2.0**-7)
+        keys.normal_(generator=generator)
     return cache
 
 
@@ -252,11 +266,11 @@ def kernels(suite: Suite) -> bool:
     limits, config = suite.limits(), suite.config
     heads, rank, width = config.num_attention_heads, config.kv_lora_rank, config.latent_dim
     shapes = [(1, 1024), (1, 131072), (16, 1024), (32, 8192), (128, 1024), (128, 4096), (256, 4096)]
-    for rows, context in [(1, 64), (2, 70)] if suite.toy else shapes:
-        size = rows * context * width * suite.dtype.itemsize
+    for (rows, context), fp8 in product([(1, 64), (2, 70)] if suite.toy else shapes, (False, True)):
+        size = rows * context * config.cache_bytes_per_token(suite.dtype.itemsize, fp8) // config.num_hidden_layers
         layers = 1 if suite.toy else max(2, L2_BYTES // size)
         blocks = rows * -(-context // BLOCK_SIZE)
-        cache = new_cache(suite, blocks, layers)
+        cache = new_cache(suite, blocks, layers, fp8=fp8)
         attend = plan_attention(step_inputs(suite, 1, [context] * rows, blocks), cache, config)
         q = suite.randn(rows, heads, config.qk_head_dim)
         q_nope, q_rope = torch.split(q, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
@@ -266,7 +280,8 @@ def kernels(suite: Suite) -> bool:
         calls = [partial(attend, layer, q_nope, q_rope, packed) for layer in range(min(layers, 20))]
         seconds = suite.seconds(calls)
         limit = limits.seconds(size, 2 * rows * context * heads * (width + rank))
-        suite.report("kernels", f"attention {rows} x {context}", us=seconds * 1e6, share=limit / seconds)
+        name = f"attention {rows} x {context}{' in fp8' if fp8 else ''}"
+        suite.report("kernels", name, us=seconds * 1e6, share=limit / seconds)
         del cache, attend
     experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     number = config.n_shared_experts

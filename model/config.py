@@ -20,6 +20,8 @@ MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 MAX_EXPERTS = 1 << 16
 """Routed experts of all layers together (Kimi-K2, the largest, has 23,040): bounds the names to be checked."""
+FP8_SCALE_BYTES = 4
+"""Of a token's latent where the cache has it in 8 bits a number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +108,10 @@ class DeepseekConfig:
         lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         return self.num_parameters() - idle_experts * 3 * self.moe_intermediate_size * self.hidden_size - lookup
 
-    def cache_bytes_per_token(self, itemsize: int) -> int:
-        return self.latent_dim * self.num_hidden_layers * itemsize
+    def cache_bytes_per_token(self, itemsize: int, fp8: bool = False) -> int:
+        """In numbers of `itemsize` bytes; `fp8`: latents in 8 bits with a scale, keys as otherwise."""
+        latent = self.kv_lora_rank + FP8_SCALE_BYTES if fp8 else self.kv_lora_rank * itemsize
+        return (latent + self.qk_rope_head_dim * itemsize) * self.num_hidden_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,17 +40,22 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: DeepseekConfig, *, available: int, dtype: str, block_size: int, quantization: str = "none"
+    config: DeepseekConfig,
+    *,
+    available: int,
+    dtype: str,
+    block_size: int,
+    quantization: str = "none",
+    fp8_cache: bool = False,
 ) -> MemoryEstimate:
     """What fits into `available` bytes with weights and cache in `dtype`, weights quantised to `quantization`, and a
-    cache in blocks of `block_size` tokens.
+    cache in blocks of `block_size` tokens, its latents in 8 bits if asked for.
 
     `dtype` is one of `ITEMSIZES`. Activations are not counted: a step of a few hundred tokens needs little beside the
     weights, and the engine measures rather than guesses them.
     """
-    itemsize = ITEMSIZES[dtype]
     weight_bytes = weight_bytes_in(config, dtype, quantization)
-    per_token = config.cache_bytes_per_token(itemsize)
+    per_token = config.cache_bytes_per_token(ITEMSIZES[dtype], fp8_cache)
     blocks = max(0, available - weight_bytes) // (per_token * block_size)
     long_blocks = -(-LONG_CONTEXT // block_size)
     return MemoryEstimate(
@@ -86,12 +91,23 @@ def _bits(name: str, shape: tuple[int, ...], dtype: str, quantization: str) -> f
 
 
 def require_memory(
-    config: DeepseekConfig, *, available: int, dtype: str, block_size: int, quantization: str = "none"
+    config: DeepseekConfig,
+    *,
+    available: int,
+    dtype: str,
+    block_size: int,
+    quantization: str = "none",
+    fp8_cache: bool = False,
 ) -> None:
     """Raises CheckpointError, with the sum in it, unless the weights and one block of cache fit: asked before anything
     is allocated, because config.json decides how much that is."""
     estimate = estimate_memory(
-        config, available=available, dtype=dtype, block_size=block_size, quantization=quantization
+        config,
+        available=available,
+        dtype=dtype,
+        block_size=block_size,
+        quantization=quantization,
+        fp8_cache=fp8_cache,
     )
     if not estimate.cached_tokens:
         raise CheckpointError(

@@ -29,14 +29,14 @@ def size_pool(
     config: DeepseekConfig,
     *,
     free_bytes: int,
-    itemsize: int,
+    bytes_per_token: int,
     max_num_seqs: int,
     max_model_len: int | None = None,
     num_blocks: int | None = None,
     kv_cache_memory: int | None = None,
     share: float = DEFAULT_SHARE,
 ) -> PoolSize:
-    """Size the pool within `free_bytes`, what is left beside the weights; `itemsize` is that of the cache's dtype.
+    """Size the pool within `free_bytes`, what is left beside the weights; `bytes_per_token` is the cache's.
 
     `num_blocks` wins over `kv_cache_memory` (bytes). With neither, the pool holds `max_num_seqs` requests of
     `max_model_len` tokens, or what fits into `share` of the free memory, or one such request if that is more.
@@ -49,7 +49,7 @@ def size_pool(
     if longest < 2:
         raise ConfigError(f"max_model_len {longest} leaves no room for a prompt and an output")
     request_blocks = -(-longest // BLOCK_SIZE)
-    block_bytes = config.cache_bytes_per_token(itemsize) * BLOCK_SIZE
+    block_bytes = bytes_per_token * BLOCK_SIZE
     most = int(free_bytes * LARGEST_SHARE) // block_bytes
     if num_blocks is not None:
         blocks, asked = num_blocks, f"num_blocks {num_blocks}"

@@ -62,7 +62,7 @@ class ModelRunner:
         self.cache_bytes_per_token = cache.block_bytes // BLOCK_SIZE
         self.weight_bytes = weight_bytes
         self.device = str(cache.data.device)
-        self.dtype = str(cache.data.dtype).removeprefix("torch.")
+        self.dtype = str(cache.dtype).removeprefix("torch.")
         self.ops = model.ops.name
         self.quantization = model.ops.quantization
         self.instruction_set = model.ops.instruction_set if isinstance(model.ops, CpuOps) else None
@@ -201,6 +201,7 @@ def load_runner(
     device: str = "auto",
     dtype: str = "auto",
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 512,
@@ -222,13 +223,21 @@ def load_runner(
     dtype = _choose_dtype(dtype, checkpoint.file_dtype)
     torch_dtype = _DTYPES[dtype]
     available = available_memory() if torch_device.type == "cpu" else torch.cuda.mem_get_info(torch_device)[0]
-    ops = _choose_ops(config, torch_dtype, torch_device, num_threads, quantization)
-    require_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE, quantization=quantization)
+    fp8 = kv_cache_dtype == "fp8"
+    ops = _choose_ops(config, torch_dtype, torch_device, num_threads, quantization, fp8)
+    require_memory(
+        config,
+        available=available,
+        dtype=dtype,
+        block_size=BLOCK_SIZE,
+        quantization=quantization,
+        fp8_cache=fp8,
+    )
     weight_bytes = weight_bytes_in(config, dtype, quantization)
     sized = partial(
         size_pool,
         config,
-        itemsize=torch_dtype.itemsize,
+        bytes_per_token=config.cache_bytes_per_token(torch_dtype.itemsize, fp8),
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         num_blocks=num_blocks,
@@ -246,11 +255,19 @@ def load_runner(
         model = DeepseekForCausalLM(config, ops, weights)
     if packed is not None and kept is None:
         packed.write(weights.made)
+    allocate = partial(
+        LatentCache,
+        num_layers=config.num_hidden_layers,
+        latent_dim=config.latent_dim,
+        dtype=torch_dtype,
+        device=torch_device,
+        fp8_latents=config.kv_lora_rank if fp8 else 0,
+    )
     if torch_device.type == "cuda":
         longest = size.max_model_len if max_model_len is None else max_model_len
-        free = _memory_beside_steps(model, checkpoint, longest, max_num_seqs, max_num_batched_tokens)
+        free = _memory_beside_steps(model, checkpoint, allocate(1), longest, max_num_seqs, max_num_batched_tokens)
         size = sized(free_bytes=free, share=LARGEST_SHARE)
-    cache = LatentCache(size.num_blocks, config.num_hidden_layers, config.latent_dim, torch_dtype, torch_device)
+    cache = allocate(size.num_blocks)
     eos_token_ids = [token_id for token_id in config.eos_token_ids if token_id < config.vocab_size]
     rows = Rows(max_num_seqs, size.max_model_len, eos_token_ids, torch_device)
     runner = ModelRunner(model, cache, rows, checkpoint, size.max_model_len, weight_bytes)
@@ -270,13 +287,16 @@ def load_runner(
 
 
 def _memory_beside_steps(
-    model: DeepseekForCausalLM, checkpoint: Checkpoint, longest: int, max_num_seqs: int, max_num_tokens: int
+    model: DeepseekForCausalLM,
+    checkpoint: Checkpoint,
+    cache: LatentCache,
+    longest: int,
+    max_num_seqs: int,
+    max_num_tokens: int,
 ) -> int:
     """Bytes of the GPU that are free when the largest steps have run: a prompt's last chunk over a context of `longest`
     tokens, and a token of every row, with its graph. The allocator still holds then what it gave them."""
-    config, embedding = model.config, model.model.embed_tokens.weight
-    device = embedding.device
-    cache = LatentCache(1, config.num_hidden_layers, config.latent_dim, embedding.dtype, device)
+    device = cache.data.device
     runner = ModelRunner(model, cache, Rows(max_num_seqs, longest, device=device), checkpoint, longest, 0)
     runner.execute(prompt_step(min(max_num_tokens, longest - 1), longest - 1))
     runner.reset()
@@ -305,10 +325,15 @@ def _choose_device(device: str) -> torch.device:
 
 
 def _choose_ops(
-    config: DeepseekConfig, dtype: torch.dtype, device: torch.device, num_threads: int, quantization: str
+    config: DeepseekConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int,
+    quantization: str,
+    fp8_cache: bool = False,
 ) -> Ops:
     """The kernels that compute this network there, else plain torch, which does not quantise."""
-    reason = obstacle(config, dtype, device)
+    reason = obstacle(config, dtype, device, fp8_cache)
     if reason is None:
         if (kernels := library()) is not None:
             return CpuOps(kernels, num_threads, quantization)
@@ -326,6 +351,8 @@ def _choose_ops(
             return CudaOps(quantization)
     if quantization != "none":
         raise ConfigError(f"quantization {quantization} is computed by kernels, but {reason}")
+    if fp8_cache and device.type == "cpu":
+        logger.warning("kv_cache_dtype fp8: plain torch computes, slower than the CPU kernels with kv_cache_dtype auto")
     return EagerOps(onednn=can_lay_out(dtype, device))
 
 

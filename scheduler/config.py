@@ -17,6 +17,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`auto` (bfloat16, float32 where the checkpoint is float32), `bfloat16`, `float16`, `float32`."""
     quantization: str = "none"
     """Of the weights of linear layers and experts: `none`, `int8`, `int4`."""
+    kv_cache_dtype: str = "auto"
+    """`auto` (that of the network), or `fp8`: latents in 8 bits."""
     max_model_len: int | None = None
     """Longest prompt + output; None takes the checkpoint's, cut to what the pool can hold."""
     max_num_seqs: int = 64

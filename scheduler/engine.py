@@ -53,6 +53,7 @@ def load_model(config: EngineConfig) -> Runner:
         device=config.device,
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or BLOCK_SIZE,

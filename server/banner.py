@@ -27,6 +27,7 @@ def ready_text(
     name = settings.served_model_name[0]
     tokens = ready.num_blocks * ready.block_size
     weights = ready.dtype if ready.quantization == "none" else f"{ready.quantization} and {ready.dtype}"
+    in_fp8 = " in fp8" if settings.kv_cache_dtype == "fp8" else ""
     url = base_url(settings.host, listener.getsockname()[1])
     instructions = "" if ready.instruction_set is None else f" ({ready.instruction_set})"
     lines = [
@@ -36,7 +37,7 @@ def ready_text(
         f"{format_size(ready.weight_bytes)} in {weights}",
         f"  runs    on {ready.device} with the {ready.ops} operations{instructions}; "
         f"{ready.max_num_seqs} requests at a time, {ready.max_num_batched_tokens} tokens a step",
-        f"  cache   {ready.num_blocks:,} blocks of {ready.block_size} = {tokens:,} tokens, "
+        f"  cache   {ready.num_blocks:,} blocks of {ready.block_size} = {tokens:,} tokens{in_fp8}, "
         f"{format_size(tokens * ready.cache_bytes_per_token)}; longest request {ready.max_model_len:,} tokens",
         f"  try     {_curl(url, name, bool(settings.api_key), SUGGESTIONS[0] if settings.is_builtin else 'Hello')}",
     ]

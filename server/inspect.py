@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from model.checkpoint import open_checkpoint
@@ -18,6 +19,8 @@ class Quantized:
 
     weight_bytes: int
     cached_tokens: int
+    fp8_cached_tokens: int
+    """With `--kv-cache-dtype fp8` as well."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,14 @@ class Inspection:
     """None where the folder has no weight files."""
     weight_files_dtype: str | None
     cache_bytes_per_token: int
+    fp8_cache_bytes_per_token: int
+    """With `--kv-cache-dtype fp8`."""
     max_position_embeddings: int
     available_bytes: int
     cached_tokens: int
     """What fits beside the weights."""
+    fp8_cached_tokens: int
+    """The same with `--kv-cache-dtype fp8`."""
     longest_context: int
     """Of one request: what fits, cut to what the model allows."""
     requests_of_128k: int
@@ -67,12 +74,14 @@ class Inspection:
             "cached tokens": f"{self.cached_tokens:,} beside the weights",
             "longest context": context,
             "128K requests": long_requests,
+            "with an fp8 cache": f"{self.fp8_cache_bytes_per_token:,} bytes a token, {self.fp8_cached_tokens:,} cached",
         }
         for quantization, sizes in self.quantization.items():
             rows[f"with {quantization}"] = (
-                f"{format_size(sizes.weight_bytes)} of weights, {sizes.cached_tokens:,} cached tokens beside them"
+                f"{format_size(sizes.weight_bytes)} of weights, {sizes.cached_tokens:,} cached tokens beside them, "
+                f"{sizes.fp8_cached_tokens:,} in fp8"
             )
-        return "\n".join(f"{name:16} {row}" for name, row in rows.items())
+        return "\n".join(f"{name:17} {row}" for name, row in rows.items())
 
 
 def inspect_checkpoint(model_dir: Path, device_memory: int | None = None) -> Inspection:
@@ -87,13 +96,14 @@ def inspect_checkpoint(model_dir: Path, device_memory: int | None = None) -> Ins
     file_dtype = config.dtype if checkpoint is None else checkpoint.file_dtype
     dtype = "float32" if file_dtype == "float32" else "bfloat16"
     available = available_memory() if device_memory is None else device_memory
-    estimate = estimate_memory(config, available=available, dtype=dtype, block_size=BLOCK_SIZE)
-    quantized = {
-        quantization: estimate_memory(
-            config, available=available, dtype="bfloat16", block_size=BLOCK_SIZE, quantization=quantization
-        )
-        for quantization in QUANTIZED_BITS
-    }
+    estimated = partial(estimate_memory, config, available=available, block_size=BLOCK_SIZE)
+    estimate = estimated(dtype=dtype)
+    in_fp8 = estimated(dtype=dtype, fp8_cache=True)
+    quantized = {}
+    for quantization in QUANTIZED_BITS:
+        plain = estimated(dtype="bfloat16", quantization=quantization)
+        dense = estimated(dtype="bfloat16", quantization=quantization, fp8_cache=True)
+        quantized[quantization] = Quantized(plain.weight_bytes, plain.cached_tokens, dense.cached_tokens)
     return Inspection(
         model_dir=str(model_dir),
         model_type=config.model_type,
@@ -106,8 +116,10 @@ def inspect_checkpoint(model_dir: Path, device_memory: int | None = None) -> Ins
         cache_bytes_per_token=estimate.cache_bytes_per_token,
         max_position_embeddings=config.max_position_embeddings,
         available_bytes=estimate.available,
+        fp8_cache_bytes_per_token=in_fp8.cache_bytes_per_token,
         cached_tokens=estimate.cached_tokens,
+        fp8_cached_tokens=in_fp8.cached_tokens,
         longest_context=estimate.longest_context,
         requests_of_128k=estimate.long_requests,
-        quantization={name: Quantized(one.weight_bytes, one.cached_tokens) for name, one in quantized.items()},
+        quantization=quantized,
     )

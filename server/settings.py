@@ -84,6 +84,11 @@ class Settings(BaseSettings):
         description="Rounds the weights of linear layers and experts to so many bits while loading: less memory, more "
         "speed. With dtype bfloat16, on a GPU also float16.",
     )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="Number format of cached latents: auto is --dtype; fp8 is 8 bits, their keys stay in --dtype, and "
+        "almost twice as many tokens fit. On a CPU plain torch computes with it, slowly.",
+    )
     max_model_len: int | None = Field(
         None,
         ge=1,
@@ -242,6 +247,7 @@ class Settings(BaseSettings):
             device=self.device,
             dtype=self.dtype,
             quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -36,7 +36,7 @@ def test_nothing_but_latents_is_cached(tmp_path: Path) -> None:
     config = model.config
     assert driver.cache.data.shape == (3, config.num_hidden_layers, BLOCK_SIZE, config.kv_lora_rank + 16)
     assert driver.cache.block_bytes == BLOCK_SIZE * config.cache_bytes_per_token(4)
-    layer = driver.cache.layer(1)
+    layer = driver.cache.data[:, 1]
     assert layer[row.blocks[0]].isfinite().all()
     assert layer[row.blocks[1], : 100 - BLOCK_SIZE].isfinite().all()
     assert layer[driver.free[0]].isnan().all()

@@ -20,8 +20,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DeepseekConfig:
 
 def size(config: DeepseekConfig, blocks_free: float, **options: Any) -> PoolSize:
     """`blocks_free`: how many blocks the free memory would hold."""
-    block_bytes = config.cache_bytes_per_token(2) * 64
-    return size_pool(config, free_bytes=int(blocks_free * block_bytes), itemsize=2, **{"max_num_seqs": 4} | options)
+    token = config.cache_bytes_per_token(2)
+    free = int(blocks_free * token * 64)
+    return size_pool(config, free_bytes=free, bytes_per_token=token, **{"max_num_seqs": 4} | options)
 
 
 def test_with_memory_to_spare_every_row_can_be_full(config: DeepseekConfig) -> None:

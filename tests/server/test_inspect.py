@@ -40,6 +40,8 @@ def test_v2_lite_in_bfloat16(tmp_path: Path, memory: str, long_requests: int) ->
     assert round(found.weight_bytes / 1e9, 1) == 31.4
     assert found.requests_of_128k == int((parse_size(memory) - found.weight_bytes) // (131072 * 27 * 576 * 2))
     assert found.requests_of_128k == long_requests
+    assert found.fp8_cache_bytes_per_token == 27 * (512 + 4 + 2 * 64) == 17388
+    assert found.fp8_cached_tokens == (parse_size(memory) - found.weight_bytes) // (64 * 17388) * 64
 
 
 def test_v2_fits_a_card_of_141_gb_in_int4_alone(tmp_path: Path) -> None:
@@ -52,3 +54,4 @@ def test_v2_fits_a_card_of_141_gb_in_int4_alone(tmp_path: Path) -> None:
     int4 = found.quantization["int4"]
     assert 126e9 < int4.weight_bytes < 138e9
     assert int4.cached_tokens == (141 * 10**9 - int4.weight_bytes) // (64 * 69120) * 64 > 50_000
+    assert int4.fp8_cached_tokens == (141 * 10**9 - int4.weight_bytes) // (64 * 60 * 644) * 64

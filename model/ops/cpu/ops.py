@@ -24,7 +24,7 @@ K_MULTIPLE = 32
 _FORMATS = {"none": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 
 
-def obstacle(config: DeepseekConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def obstacle(config: DeepseekConfig, dtype: torch.dtype, device: torch.device, fp8_cache: bool = False) -> str | None:
     """Why the kernels, if there are any, do not compute this network; None where they do."""
     widths = {
         "hidden_size": config.hidden_size,
@@ -40,6 +40,8 @@ def obstacle(config: DeepseekConfig, dtype: torch.dtype, device: torch.device) -
         return f"they run on a CPU, not on {device.type}: choose device cpu"
     if dtype is not torch.bfloat16:
         return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}: choose dtype bfloat16"
+    if fp8_cache:
+        return "they read latents in bfloat16: choose kv_cache_dtype auto"
     if odd:
         return f"they need widths that are multiples of {K_MULTIPLE}, which config.json's {odd[0]} is not"
     return None

@@ -43,7 +43,7 @@ class Absorbed(NamedTuple):
 
 class Expanded(NamedTuple):
     keys: Tensor
-    """[K] int64: the lines of the workspace's keys in layer 0 of the cache, as [blocks * layers * BLOCK_SIZE, W]."""
+    """[K] int64: the lines of the workspace's keys in layer 0 of the cache, see `LatentCache.read`."""
     plan: Pass
 
 
@@ -80,14 +80,13 @@ class CudaAttention:
     def _expand(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights, output: Tensor) -> None:
         config, rank = self._config, self._config.kv_lora_rank
         heads = config.num_attention_heads
-        lines = self._cache.data.view(-1, config.latent_dim)
         shape = output.shape if len(self._expanded) > 1 else (0, heads, 0)
         accumulator = Accumulator(
             torch.empty(shape, dtype=torch.float32, device=output.device),
             torch.empty(shape[:2], dtype=torch.float32, device=output.device),
         )
         for keys, plan in self._expanded:
-            latents = lines.index_select(0, keys + layer * BLOCK_SIZE)
+            latents = self._cache.read(keys + layer * BLOCK_SIZE)
             k_nope = F.linear(latents[:, :rank], unpacked(weights.expand).flatten(0, 1))
             values = F.linear(latents[:, :rank], unpacked(weights.value).flatten(0, 1))
             mla_prefill(
@@ -173,7 +172,7 @@ def _expanded(
 ) -> list[Expanded]:
     device = step.positions.device
     numbers_a_key = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    workspace = max(1, WORKSPACE_BYTES // (numbers_a_key * cache.data.itemsize))
+    workspace = max(1, WORKSPACE_BYTES // (numbers_a_key * cache.dtype.itemsize))
     contexts = [step.context_lens[row] for row in rows]
     passes = plan_passes([step.query_start[row] for row in rows], queries, contexts, workspace, device)
     expanded = []

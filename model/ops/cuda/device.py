@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-KERNEL_MEMORY = 120 << 10
-"""Bytes of shared memory that every GPU needs which runs the kernels: an A100 and its like, and what came after."""
+KERNEL_MEMORY = 99 << 10
+"""Bytes of shared memory that every GPU needs which runs the kernels: Ampere and what came after have them."""
 
 
 def processors(device: torch.device) -> int:

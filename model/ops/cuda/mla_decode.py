@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cuda.device import processors, shared_memory
+from model.ops.cuda.fp8 import widened
 
 LOG2_E = 1.4426950408889634
 HOPPER_MEMORY = 227 << 10
@@ -95,13 +96,20 @@ def mla_decode(
     items = len(work.item_row)
     partial = torch.empty((items, work.block, rank), dtype=torch.float32, device=q_latent.device)
     lse = torch.empty((items, work.block), dtype=torch.float32, device=q_latent.device)
-    wide = work.block > 16
-    # Two pages in flight where they fit; that is one stage more where no tensor core reads them asynchronously.
-    stages = 3 if not wide and shared_memory(q_latent.device) >= HOPPER_MEMORY else 2
+    latents, scales, keys = cache.planes(layer, rank)
+    if scales is not None:
+        latents = latents.view(torch.int32)
+    wide, hopper = work.block > 16, shared_memory(q_latent.device) >= HOPPER_MEMORY
+    # Two pages in flight where they fit; that is one stage more where no tensor core reads them asynchronously. In 8
+    # bits half a page is enough where there is little memory: it is there in both forms, widened by twice the warps.
+    stages = 3 if not wide and (hopper or scales is not None) else 2
+    keys_of_a_tile = BLOCK_SIZE if hopper or scales is None else BLOCK_SIZE // 2
     _split[(work.programs,)](
         q_latent,
         q_rope,
-        cache.layer(layer),
+        latents,
+        scales,
+        keys,
         work.block_tables,
         work.query_start,
         work.context_lens,
@@ -114,18 +122,23 @@ def mla_decode(
         q_latent.stride(1),
         q_rope.stride(0),
         q_rope.stride(1),
-        cache.data.stride(0),
+        latents.stride(0),
+        0 if scales is None else scales.stride(0),
+        keys.stride(0),
         work.block_tables.stride(0),
         len(work.context_lens),
         HEADS=heads,
         RANK=rank,
         ROPE=rope,
+        LATENT_STRIDE=latents.stride(1),
+        KEY_STRIDE=keys.stride(1),
         PAGE=BLOCK_SIZE,
+        KEYS=keys_of_a_tile,
         SPLIT_PAGES=work.split_pages,
         BLOCK=work.block,
         BLOCK_RANK=triton.next_power_of_2(rank),
         BLOCK_ROPE=max(16, triton.next_power_of_2(rope)),
-        num_warps=8 if wide else 4,
+        num_warps=4 if scales is None and not wide else 8,
         num_stages=stages,
     )
     attended = torch.empty((heads, tokens, rank), dtype=q_latent.dtype, device=q_latent.device)
@@ -153,7 +166,9 @@ def mla_decode(
 def _split(
     q_latent: tl.tensor,
     q_rope: tl.tensor,
-    cache: tl.tensor,
+    latents: tl.tensor,
+    scales: tl.tensor | None,
+    keys: tl.tensor,
     block_tables: tl.tensor,
     query_start: tl.tensor,
     context_lens: tl.tensor,
@@ -166,13 +181,18 @@ def _split(
     latent_head_stride: tl.tensor,
     rope_token_stride: tl.tensor,
     rope_head_stride: tl.tensor,
-    page_stride: tl.tensor,
+    latent_page_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
+    key_page_stride: tl.tensor,
     table_stride: tl.tensor,
     num_rows: tl.tensor,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
+    LATENT_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
     SPLIT_PAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -181,7 +201,7 @@ def _split(
     """Each item: softmax over one split for one tile, normalised, and the logarithm (base 2) of its sum."""
     line = tl.arange(0, BLOCK)
     number, turned = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_ROPE)
-    key = tl.arange(0, PAGE)
+    key, word = tl.arange(0, KEYS), tl.arange(0, BLOCK_RANK // 4)
     for item in range(tl.program_id(0), tl.load(first_item + num_rows), tl.num_programs(0)):
         row = tl.load(item_row + item)
         first_token = tl.load(query_start + row)
@@ -206,27 +226,39 @@ def _split(
         total = tl.zeros((BLOCK,), tl.float32)
         sums = tl.zeros((BLOCK, BLOCK_RANK), tl.float32)
         last_query = tl.minimum(queries - 1, (tile * BLOCK + BLOCK - 1) // HEADS)
-        start = split * SPLIT_PAGES
-        end = tl.minimum(start + SPLIT_PAGES, (context - queries + last_query) // PAGE + 1)
+        start = split * (SPLIT_PAGES * PAGE)
+        end = tl.minimum(start + SPLIT_PAGES * PAGE, context - queries + last_query + 1)
         table = block_tables + row.to(tl.int64) * table_stride
-        block = tl.load(table + start, mask=start < end, other=0)
-        for page in range(start, end):
-            # One page ahead: a load whose address was loaded in the same turn would not be pipelined.
-            next_block = tl.load(table + page + 1, mask=page + 1 < end, other=0)
-            lines = cache + block.to(tl.int64) * page_stride + key[:, None] * (RANK + ROPE)
-            known = (page * PAGE + key < context)[:, None]  # what lies behind is whatever was there before
-            latents = tl.load(lines + number, mask=known & (number < RANK), other=0.0)
-            rope_keys = tl.load(lines + RANK + turned, mask=known & (turned < ROPE), other=0.0)
-            scores = tl.dot(latent_query, tl.trans(latents), input_precision="ieee")
+        block = tl.load(table + start // PAGE, mask=start < end, other=0)
+        for first in range(start, end, KEYS):
+            # One turn ahead: a load whose address was loaded in the same turn would not be pipelined.
+            next_block = tl.load(table + (first + KEYS) // PAGE, mask=first + KEYS < end, other=0)
+            page = block.to(tl.int64)
+            known = first + key < context  # what lies behind is whatever was there before
+            within = first % PAGE + key
+            latent_lines = latents + page * latent_page_stride + within * LATENT_STRIDE
+            if scales is None:
+                values = tl.load(latent_lines[:, None] + number, mask=known[:, None] & (number < RANK), other=0.0)
+            else:
+                words = tl.load(latent_lines[:, None] + word, mask=known[:, None] & (word < RANK // 4), other=0)
+                values = widened(words, latent_query.dtype)
+            key_lines = keys + page * key_page_stride + within * KEY_STRIDE
+            rope_keys = tl.load(key_lines[:, None] + turned, mask=known[:, None] & (turned < ROPE), other=0.0)
+            scores = tl.dot(latent_query, tl.trans(values), input_precision="ieee")
+            if scales is not None:
+                scale_of_key = tl.load(scales + page * scale_page_stride + within, mask=known, other=0.0)
+                scores *= scale_of_key
             scores = tl.dot(rope_query, tl.trans(rope_keys), scores, input_precision="ieee")
-            visible = page * PAGE + key <= position[:, None]
+            visible = first + key <= position[:, None]
             scores = tl.where(visible, scores * scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a query that sees nothing of this split yet
             weights = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(peak - base)
             total = total * shrink + tl.sum(weights, axis=1)
-            sums = tl.dot(weights.to(latents.dtype), latents, sums * shrink[:, None], input_precision="ieee")
+            if scales is not None:
+                weights *= scale_of_key
+            sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
             peak = new_peak
             block = next_block
         target = (item + tl.zeros((BLOCK,), tl.int64)) * BLOCK + line

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.cuda.align import _expert, align
+from model.ops.cuda.device import shared_memory
 from model.ops.cuda.quantized import add_group, planes
 from model.ops.interface import LinearWeight, PackedWeight, Routing, SwigluWeights, unpacked
 
@@ -38,10 +39,13 @@ _TILES = json.loads(Path(__file__).with_name("tiles.json").read_text())
 quantised weights a tile takes a group at a time, to whose product a scale applies."""
 
 
-def tile_of(tokens: int, bits: int) -> Tile:
-    """Weights are what is read in small steps, tensor cores what is busy in large ones."""
+def tile_of(tokens: int, bits: int, memory: int) -> Tile:
+    """Weights are what is read in small steps, tensor cores what is busy in large ones. Stages are as many as fit into
+    `memory` bytes: what all but one of them load waits there, for gate and up at once."""
     table = _TILES["bfloat16" if bits == 16 else "quantized"]
-    return Tile(*next(tile for most, *tile in table if tokens <= most))
+    tile = Tile(*next(tile for most, *tile in table if tokens <= most))
+    loaded = (tile.pairs + 2 * tile.columns) * tile.inner * 2
+    return tile._replace(stages=min(tile.stages, 1 + memory // loaded))
 
 
 class _Weight(NamedTuple):
@@ -87,7 +91,7 @@ def moe(
     num_shared = 0 if shared is None else shared_down.shape[1] // width
     tokens, per_token = routing.experts.shape
     pairs = tokens * (per_token + num_shared)
-    tile = tile or tile_of(tokens, down.bits)
+    tile = tile or tile_of(tokens, down.bits, shared_memory(x.device))
     direct = pairs <= DIRECT_PAIRS
     if direct:
         blocks, block_pairs, block_experts = pairs, routing.experts, routing.experts

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.cuda.fp8 import rounded, scale_of
 from model.rotary import Rotation
 
 
@@ -23,6 +24,7 @@ def rope_and_cache(
     """As `Ops.rope_and_cache`; q_rope is turned in place. A slot of -1 writes nothing to the cache."""
     tokens, heads, rope = q_rope.shape
     rank = norm_weight.shape[0]
+    latents, scales, keys = cache.planes(layer, rank)
     _rope_and_cache[(tokens,)](
         q_rope,
         kv,
@@ -30,11 +32,17 @@ def rope_and_cache(
         rotation.cos,
         rotation.sin,
         slot_mapping,
-        cache.layer(layer),
+        latents,
+        scales,
+        keys,
         q_rope.stride(0),
         q_rope.stride(1),
         kv.stride(0),
-        cache.data.stride(0),
+        latents.stride(0),
+        latents.stride(1),
+        0 if scales is None else scales.stride(0),
+        keys.stride(0),
+        keys.stride(1),
         eps,
         HEADS=heads,
         RANK=rank,
@@ -64,11 +72,17 @@ def _rope_and_cache(
     cos: tl.tensor,
     sin: tl.tensor,
     slot_mapping: tl.tensor,
-    cache: tl.tensor,
+    latents: tl.tensor,
+    scales: tl.tensor | None,
+    keys: tl.tensor,
     q_token_stride: tl.tensor,
     q_head_stride: tl.tensor,
     kv_stride: tl.tensor,
-    page_stride: tl.tensor,
+    latent_page_stride: tl.tensor,
+    latent_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
+    key_page_stride: tl.tensor,
+    key_stride: tl.tensor,
     eps: tl.tensor,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
@@ -94,13 +108,21 @@ def _rope_and_cache(
 
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot >= 0:
-        line = cache + slot // PAGE * page_stride + slot % PAGE * (RANK + ROPE)
+        page, offset = slot // PAGE, slot % PAGE
         source = kv + token * kv_stride
         number = tl.arange(0, BLOCK_RANK)
         latent = tl.load(source + number, mask=number < RANK, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(latent * latent) / RANK + eps)
         gain = tl.load(norm_weight + number, mask=number < RANK, other=0.0).to(tl.float32)
-        tl.store(line + number, latent * scale * gain, mask=number < RANK)
+        normed = latent * scale * gain
+        target = latents + page * latent_page_stride + offset * latent_stride + number
+        if scales is None:
+            tl.store(target, normed, mask=number < RANK)
+        else:
+            common = scale_of(normed)
+            tl.store(scales + page * scale_page_stride + offset, common)
+            tl.store(target, rounded(normed / common), mask=number < RANK)
         key = tl.load(source + RANK + column[None, :], mask=(column < ROPE)[None, :], other=0.0)
         turned_key = _turn(key, cos_of, sin_of, 1, BLOCK_ROPE)
-        tl.store(line + RANK + column[None, :], turned_key, mask=(column < ROPE)[None, :])
+        target = keys + page * key_page_stride + offset * key_stride + column[None, :]
+        tl.store(target, turned_key, mask=(column < ROPE)[None, :])

@@ -121,9 +121,7 @@ class EagerAttention:
 
     def _gather(self, layer: int, chunk: _Chunk) -> Tensor:
         """[n, num_keys, W]: a copy of the chunk's latents of one layer."""
-        cache = self._cache
-        blocks = cache.data.view(-1, BLOCK_SIZE, cache.data.shape[3])
-        latents = blocks.index_select(0, chunk.blocks.flatten() * cache.num_layers + layer)
+        latents = self._cache.read_pages(chunk.blocks.flatten() * self._cache.num_layers + layer)
         return latents.view(len(chunk.blocks), -1, latents.shape[2])[:, : chunk.num_keys]
 
     def _scored(self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> _ScoredChunk:

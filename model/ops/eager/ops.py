@@ -93,8 +93,8 @@ class EagerOps:
         latent = self.rms_norm(kv[:, :rank], norm_weight, eps)
         turned = rotate_pairs(torch.cat((q_rope, kv[:, None, rank:]), dim=1), rotation)
         block = slot_mapping // BLOCK_SIZE
-        row = (block * cache.num_layers + layer) * BLOCK_SIZE + slot_mapping % BLOCK_SIZE
-        cache.data.view(-1, kv.shape[1]).index_copy_(0, row, torch.cat((latent, turned[:, -1]), dim=1))
+        lines = (block * cache.num_layers + layer) * BLOCK_SIZE + slot_mapping % BLOCK_SIZE
+        cache.write(lines, latent, turned[:, -1])
         return turned[:, :-1]
 
     def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> EagerAttention:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from model.latent_cache import LatentCache
 from model.ops.cuda import mla_decode as mla_decode_module
+from model.ops.cuda import moe as moe_module
 from model.ops.cuda import quantized
 from model.ops.cuda.mla_decode import decode_work, lines_of_a_tile, mla_decode
 from model.ops.cuda.mla_prefill import Accumulator, mla_prefill
@@ -36,7 +38,7 @@ from model.rotary import Rotation
 from model.sampler import Limits, SamplingInputs
 from tests.model.ops.cuda.shapes import V2, V2_LITE, V3, Shape
 
-SHARED_MEMORY = {90: 227 << 10, 80: 163 << 10}
+SHARED_MEMORY = {90: 227 << 10, 89: 99 << 10, 80: 163 << 10}
 """Bytes a program can have, by compute capability."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -71,33 +73,38 @@ def launches(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
     """What a layer of the shape launches, by name: decode, chunk of 2,048 tokens."""
     config = shape.config
     heads, hidden, rank, rope = config.num_attention_heads, config.hidden_size, 512, 64
-    cache = LatentCache(4, 2, rank + rope, torch.bfloat16)
+    caches = {
+        "": LatentCache(4, 2, rank + rope, torch.bfloat16),
+        " in fp8": LatentCache(4, 2, rank + rope, torch.bfloat16, fp8_latents=rank),
+    }
     yield "norm", lambda: rms_norm(bf16(32, hidden), bf16(hidden), 1e-6)
     rotation = Rotation(torch.empty(32, rope // 2), torch.empty(32, rope // 2))
     slots, q = torch.zeros(32, dtype=torch.int64), bf16(32, heads, 192)
-    yield (
-        "rope",
-        lambda: rope_and_cache(q[..., 128:], bf16(32, rank + rope), bf16(rank), 1e-6, rotation, slots, cache, 1),
-    )
-    for queries in (1, 128):
+    for kept, cache in caches.items():
+        yield (
+            f"rope{kept}",
+            lambda cache=cache: rope_and_cache(
+                q[..., 128:], bf16(32, rank + rope), bf16(rank), 1e-6, rotation, slots, cache, 1
+            ),
+        )
+    for queries, split_pages, (kept, cache) in product((1, 128), (2, 16), caches.items()):
         block = lines_of_a_tile(heads, queries, cache.data.device)
-        for split_pages in (2, 16):
-            work = decode_work(
-                torch.arange(0, 33 * queries, queries, dtype=torch.int32),
-                torch.full((32,), 1024, dtype=torch.int32),
-                torch.zeros((32, 16), dtype=torch.int32),
-                tokens=32 * queries,
-                items=512,
-                heads=heads,
-                block=block,
-                split_pages=split_pages,
-            )
-            yield (
-                f"decode, {queries} queries",
-                lambda work=work, n=queries: mla_decode(
-                    bf16(heads, 32 * n, rank).transpose(0, 1), bf16(32 * n, heads, 192)[..., 128:], cache, 1, work, 0.1
-                ),
-            )
+        work = decode_work(
+            torch.arange(0, 33 * queries, queries, dtype=torch.int32),
+            torch.full((32,), 1024, dtype=torch.int32),
+            torch.zeros((32, 16), dtype=torch.int32),
+            tokens=32 * queries,
+            items=512,
+            heads=heads,
+            block=block,
+            split_pages=split_pages,
+        )
+        yield (
+            f"decode, {queries} queries{kept}",
+            lambda work=work, n=queries, cache=cache: mla_decode(
+                bf16(heads, 32 * n, rank).transpose(0, 1), bf16(32 * n, heads, 192)[..., 128:], cache, 1, work, 0.1
+            ),
+        )
     tiles = torch.zeros((8, 6), dtype=torch.int32)
     for passes in (1, 2):
         shape_of = (2048, heads) if passes > 1 else (0, heads)
@@ -177,7 +184,7 @@ def examined(kernel: Any) -> dict[str, Any]:
 
 def main(capability: int) -> None:
     driver.set_active(Target(capability))
-    mla_decode_module.shared_memory = lambda _: SHARED_MEMORY[capability]
+    mla_decode_module.shared_memory = moe_module.shared_memory = lambda _: SHARED_MEMORY[capability]
     run = JITFunction.run
     name = ""
     seen: dict[int, None] = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.latent_cache import LatentCache
+from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cuda import attention, mla_prefill
 from model.ops.cuda.ops import CudaOps
 from model.ops.eager.ops import EagerOps
@@ -24,10 +24,11 @@ ROWS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("workspace", [1 << 20, 70])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_attention(
-    rows: list[tuple[int, int]], workspace: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rows: list[tuple[int, int]], workspace: int, fp8: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of more than 8 tokens are expanded, in tiles of 16; also with a workspace that cuts their contexts."""
     config = CONFIG
@@ -36,17 +37,21 @@ def test_attention(
     monkeypatch.setattr(attention, "WORKSPACE_BYTES", workspace * numbers_a_key * dtype.itemsize)
     monkeypatch.setattr(mla_prefill, "TILE", 16)
     step, num_blocks = step_of(rows)
-    exact_cache = LatentCache(num_blocks, config.num_hidden_layers, config.latent_dim, torch.float32)
-    exact_cache.data.copy_(randn(*exact_cache.data.shape, seed=1, dtype=dtype))
+    rank, layers = config.kv_lora_rank, config.num_hidden_layers
+    exact_cache, cache = (
+        LatentCache(num_blocks, layers, config.latent_dim, kind, device, fp8_latents=rank if fp8 else 0)
+        for kind, device in ((torch.float32, "cpu"), (dtype, DEVICE))
+    )
     eager = EagerOps().attention(step, exact_cache, config)
-    own = randn(step.num_tokens, config.latent_dim, seed=2, dtype=dtype).cpu().float()
-    exact_cache.data[step.slot_mapping // 64, LAYER, step.slot_mapping % 64] = own
-
-    cache = LatentCache(num_blocks, config.num_hidden_layers, config.latent_dim, dtype, DEVICE)
-    cache.data.copy_(exact_cache.data)
-    for row, context in enumerate(step.context_lens):  # what no query may see
-        if context % 64:
-            cache.data[step.block_tables[row, context // 64], :, context % 64 :] = torch.nan
+    numbers = randn(num_blocks * layers * BLOCK_SIZE, config.latent_dim, seed=1, dtype=dtype)
+    exact_cache.write(torch.arange(len(numbers)), *numbers.cpu().float().split([rank, config.qk_rope_head_dim], dim=1))
+    cache.data.view(torch.uint8).fill_(255)  # NaN, which stays where no query may look
+    kept = torch.ones((num_blocks, layers, BLOCK_SIZE), dtype=torch.bool)
+    for row, context in enumerate(step.context_lens):
+        if context % BLOCK_SIZE:
+            kept[step.block_tables[row, context // BLOCK_SIZE], :, context % BLOCK_SIZE :] = False
+    lines = kept.flatten().nonzero()[:, 0].to(DEVICE)
+    cache.write(lines, *numbers[lines].split([rank, config.qk_rope_head_dim], dim=1))
     q = randn(step.num_tokens, config.num_attention_heads, config.qk_head_dim, seed=3, dtype=dtype) * 2
     q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
     w_uk = randn(config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank, seed=4, dtype=dtype) * 0.2

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from model.ops.cuda.device import KERNEL_MEMORY
 from tests.model.ops.cuda.ahead import SHARED_MEMORY
 
-TILES = {90: "HGMMA", 80: "HMMA"}
+TILES = {90: "HGMMA", 89: "HMMA", 80: "HMMA"}
 """The instruction that multiplies tiles: a Hopper's takes 64 lines, an Ampere's 16."""
 
 
@@ -42,7 +41,6 @@ def test_nothing_is_spilled_and_everything_fits(capability: int) -> None:
         assert kernel["reg"] > 0
         assert kernel["stack"] == kernel["LDL"] == kernel["STL"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
-        assert capability >= 90 or kernel["shared"] <= KERNEL_MEMORY, kernel
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -51,7 +49,7 @@ def test_products_run_on_tensor_cores_and_are_fed_ahead(capability: int) -> None
     assert len(products) > 10
     for kernel in products:
         # One token of 16 heads, and 32 columns of a quantised product with one token.
-        narrow = kernel["launch"] == "V2-Lite: decode, 1 queries" or (
+        narrow = kernel["launch"].startswith("V2-Lite: decode, 1 queries") or (
             kernel["kernel"] == "_linear" and kernel["launch"].endswith(", 1 tokens")
         )
         assert kernel["HMMA" if narrow else TILES[capability]] > 0, kernel

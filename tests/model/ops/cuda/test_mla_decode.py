@@ -20,7 +20,14 @@ class Case:
     """Rows of (query tokens, context length) over a cache that is NaN wherever no key of theirs lies."""
 
     def __init__(
-        self, heads: int, rank: int, rope: int, rows: Sequence[tuple[int, int]], dtype: torch.dtype, padding: int = 0
+        self,
+        heads: int,
+        rank: int,
+        rope: int,
+        rows: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        padding: int = 0,
+        fp8: bool = False,
     ) -> None:
         counts = [-(-context // BLOCK_SIZE) for _, context in rows]
         order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(3)).tolist()
@@ -28,14 +35,16 @@ class Case:
         self.queries = [queries for queries, _ in rows]
         self.contexts = [context for _, context in rows]
         self.tables = torch.full((len(rows), max(counts) + 1), -(1 << 30), dtype=torch.int32, device=DEVICE)
-        self.cache = LatentCache(len(order), LAYERS, rank + rope, dtype, DEVICE)
-        self.cache.data.fill_(torch.nan)
+        self.cache = LatentCache(len(order), LAYERS, rank + rope, dtype, DEVICE, fp8_latents=rank if fp8 else 0)
+        self.cache.data.view(torch.uint8).fill_(255)  # NaN
         self.keys = [randn(context, rank + rope, seed=9 + i, dtype=dtype) for i, context in enumerate(self.contexts)]
         for row, keys in enumerate(self.keys):
             for page in range(counts[row]):
                 block = self.tables[row, page] = order.pop()
                 piece = keys[page * BLOCK_SIZE : (page + 1) * BLOCK_SIZE]
-                self.cache.data[block, LAYER, : len(piece)] = piece
+                lines = (block * LAYERS + LAYER) * BLOCK_SIZE + torch.arange(len(piece), device=DEVICE)
+                self.cache.write(lines, piece[:, :rank], piece[:, rank:])
+                piece.copy_(self.cache.read(lines))
         self.tokens = sum(self.queries) + padding
         # As a batched product over heads leaves them, and between the other numbers of a head.
         self.q_latent = randn(heads, self.tokens, rank, seed=1, dtype=dtype).transpose(0, 1) / rank**0.25
@@ -85,13 +94,27 @@ def test_mla_decode(heads: int, rows: list[tuple[int, int]], dtype: torch.dtype)
     assert relative_error(case.found(split_pages=2), case.exact()) < TOLERANCE[dtype]
 
 
-def test_widths_of_the_family() -> None:
-    case = Case(16, 512, 64, [(1, 70), (1, 3)], torch.float16)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", [227 << 10, 99 << 10])
+@pytest.mark.parametrize(("heads", "rows"), [(16, RAGGED), (3, MIXED)])
+def test_latents_in_8_bits(
+    heads: int, rows: list[tuple[int, int]], memory: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page at a time, or half of one where there is little shared memory; rounded latents are exact."""
+    monkeypatch.setattr("model.ops.cuda.mla_decode.shared_memory", lambda _: memory)
+    case = Case(heads, 32, 16, rows, dtype, fp8=True)
+    assert relative_error(case.found(split_pages=2), case.exact()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_widths_of_the_family(fp8: bool) -> None:
+    case = Case(16, 512, 64, [(1, 70), (1, 3)], torch.float16, fp8=fp8)
     assert relative_error(case.found(split_pages=1), case.exact()) < TOLERANCE[torch.float16]
 
 
-def test_widths_that_are_no_powers_of_two() -> None:
-    case = Case(5, 40, 24, [(3, 70)], torch.float32)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_widths_that_are_no_powers_of_two(fp8: bool) -> None:
+    case = Case(5, 40, 24, [(3, 70)], torch.float32, fp8=fp8)
     assert relative_error(case.found(split_pages=1), case.exact()) < TOLERANCE[torch.float32]
 
 

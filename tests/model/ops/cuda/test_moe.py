@@ -106,9 +106,9 @@ def test_silu_mul(dtype: torch.dtype) -> None:
 
 def test_every_size_of_step_has_a_tile() -> None:
     """All tiles give the same, whatever step they were made for."""
-    tiles = {kernels.tile_of(tokens, 16) for tokens in (1, 64, 256, 4096)}
-    assert len(tiles) == 4
-    assert {kernels.tile_of(tokens, 4).inner for tokens in (1, 64, 256, 4096)} == {quantized.GROUP.value}
+    tiles = {kernels.tile_of(tokens, 16, memory) for tokens in (1, 64, 256, 4096) for memory in (99 << 10, 227 << 10)}
+    assert len(tiles) == 6
+    assert {kernels.tile_of(tokens, 4, 99 << 10).inner for tokens in (1, 64, 256, 4096)} == {quantized.GROUP.value}
     experts = swiglu(EXPERTS, width=WIDTH, dtype=torch.float32, seed=1)
     routing = routing_of(14, 3, hot=True)
     x, residual = randn(14, HIDDEN, seed=7), torch.zeros(14, HIDDEN, device=DEVICE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,9 @@ HEAD_SECONDS = 10.0
 LINGER_SECONDS = 2.0
 """How long what a client still sends is read and dropped after a refusal. Closing at once resets the connection, and
 the client may never see why."""
+_UPGRADE = re.compile(rb"\r\n[Uu][Pp][Gg][Rr][Aa][Dd][Ee]:")
+"""An offer of another protocol, h2c from Java's client, may be passed over, but the parser takes what follows the head
+for that protocol. So it never sees the offer. No JSON has this in it."""
 
 
 class Turnstile:
@@ -80,6 +84,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._begin_head_timer()
+            data = _UPGRADE.sub(b"\r\nIgnored:", data)
         self._silent_bytes += len(data)
         super().data_received(data)
         # The parser keeps an unfinished field to itself, however long it gets.
@@ -108,6 +113,8 @@ class HttpProtocol(HttpToolsProtocol):
         # else a trailer: nothing here reads them, and their sum is bounded as what gives nothing is.
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._stop(BadRequest("This server speaks HTTP/1.1 and changes to no other protocol."))
         self._in_head = False
         self._head_bytes = self._silent_bytes = 0
         self._end_head_timer()

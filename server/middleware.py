@@ -142,9 +142,9 @@ class DoorMiddleware:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
-        if len(hosts) != 1:
+        if len(hosts) != 1 and (hosts or scope["http_version"] != "1.0"):
             raise BadRequest("A request has one Host header.")
-        if self._hosts is not None and _host_name(hosts[0]) not in self._hosts:
+        if self._hosts is not None and hosts and _host_name(hosts[0]) not in self._hosts:
             raise ForbiddenHost("This server answers under its local names only; set an API key to lift this.")
         digests = self._digests
         if self._admin_digests and scope["path"] in ADMIN_PATHS:

@@ -23,6 +23,7 @@ GET = b"GET /health HTTP/1.1\r\n" + HOST
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
+CLOSE = b"Connection: close\r\n\r\n"
 WHOLE = POST + LENGTH + b"\r\n" + BODY
 MAX_HEADERS = int(limits.MAX_HEADERS.maximum)
 MAX_BYTES = int(limits.MAX_HEADER_BYTES.maximum)
@@ -60,7 +61,6 @@ MALFORMED = {
     "version 3.7": GET.replace(b"1.1", b"3.7") + b"\r\n",
     "unknown method": GET.replace(b"GET", b"GETT") + b"\r\n",
     "no path": b"GET  HTTP/1.1\r\n" + HOST + b"\r\n",
-    "CONNECT": b"CONNECT localhost:80 HTTP/1.1\r\n" + HOST + b"\r\n",
     "TLS": bytes.fromhex("16030100f8010000f40303") + bytes(range(240)),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "zeros": bytes(1000),
@@ -82,6 +82,39 @@ def test_what_is_no_request(data: bytes, caplog: pytest.LogCaptureFixture) -> No
 def test_a_request_has_one_host(hosts: bytes) -> None:
     reply = send(b"GET /health HTTP/1.1\r\n" + hosts + b"\r\n", until_closed=False)
     assert (reply.status, reply.message) == (400, "A request has one Host header.")
+
+
+def test_http_1_0_knows_no_host() -> None:
+    """As HAProxy's health checks ask; no browser does."""
+    assert send(b"GET /health HTTP/1.0\r\n\r\n").status == 200
+    assert send(b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n").status == 403
+    assert send(b"GET /health HTTP/1.0\r\n" + HOST * 2 + b"\r\n").status == 400
+
+
+UPGRADES = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
+    "lower case": b"upgrade:websocket\r\nconnection: upgrade\r\n",
+}
+
+
+@pytest.mark.parametrize("offer", UPGRADES.values(), ids=UPGRADES.keys())
+def test_offers_of_another_protocol_are_passed_over(offer: bytes) -> None:
+    """Java's client makes one with the first request of each connection."""
+    reply = send((POST + offer + LENGTH + b"\r\n" + BODY) * 2 + GET + offer + b"\r\n" + GET + CLOSE)
+    assert reply.data.count(b"HTTP/1.1 200 OK") == 4
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (POST + b"Connection: Upgrade\r\nUpg", b"rade: h2c\r\n" + LENGTH + b"\r\n" + BODY),
+        (b"CONNECT localhost:80 HTTP/1.1\r\n" + HOST + b"\r\n",),
+    ],
+)
+def test_what_cannot_be_passed_over_ends_the_connection(pieces: tuple[bytes, ...]) -> None:
+    reply = send(*pieces, pause=0.1)
+    assert (reply.status, reply.closed) == (400, True)
+    assert "protocol" in reply.message
 
 
 def test_number_of_headers() -> None:
@@ -179,7 +212,7 @@ def test_slow_answers_do_not_count_as_slow_headers(monkeypatch: pytest.MonkeyPat
 
 
 def test_requests_sent_ahead_are_answered_in_order() -> None:
-    reply = send(WHOLE * 3 + GET + b"Connection: close\r\n\r\n")
+    reply = send(WHOLE * 3 + GET + CLOSE)
     assert reply.data.count(b"HTTP/1.1 200 OK") == 4
     assert reply.data.endswith(b'{"status":"ready"}')
 

@@ -26,7 +26,7 @@
 The envelope is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four keys, `code` a
 string or null. Under /v1/messages it is Anthropic's: `{"type": "error", "error": {"type", "message"}}` with
 its own type words. Messages name fields and bounds and never repeat what the client sent beyond a model
-name, so they stay short and nothing of a prompt gets into a log.
+name and what cannot be enforced of a schema or grammar, so they stay short and nothing of a prompt gets into a log.
 """
 
 # ruff: noqa: N818  (the names are those of the HTTP statuses)

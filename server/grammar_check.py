@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import struct
 import subprocess
 import sys
@@ -29,6 +30,9 @@ PATIENCE_SECONDS = 1.8
 """A request whose turn has not come by then is refused as overload."""
 MAX_VERDICTS = 4096
 """Remembered, good and bad, by the hash of the grammar."""
+
+
+_OWN_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
 class GrammarChecker:
@@ -59,7 +63,9 @@ class GrammarChecker:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(key)
         if verdict:
-            raise BadRequest(f"'{param}' cannot be enforced: {verdict[:400]}.", param=param, code="invalid_grammar")
+            raise BadRequest(
+                f"'{param}' cannot be enforced: {_told(verdict, grammar)[:400]}.", param=param, code="invalid_grammar"
+            )
 
     def _ask(self, frame: bytes) -> str:
         """One grammar's verdict, in a thread. A process that has died is replaced, once."""
@@ -95,6 +101,15 @@ class GrammarChecker:
             if process in self._processes:
                 self._processes.remove(process)
                 _close_pipes(process)
+
+
+def _told(verdict: str, grammar: Grammar) -> str:
+    """llguidance's words, without its places in a grammar that it made itself and the options that nobody here has."""
+    if grammar.kind == "lark":
+        return verdict
+    if "oneOf constraints are not supported" in verdict:
+        return "the branches of a 'oneOf' do not exclude one another"
+    return _OWN_PLACE.sub("", verdict)
 
 
 def _end(executor: ThreadPoolExecutor, processes: list[subprocess.Popen[bytes]]) -> None:

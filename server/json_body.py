@@ -42,6 +42,8 @@ async def read_body(request: Request, model: type[Model], unsupported: Neutral) 
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaType("The body must be JSON: send 'Content-Type: application/json'.")
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("The body must not be compressed: send it without Content-Encoding.")
     body = await request.body()
     return parse_body(body, model, unsupported, strict=request.app.state.strict)
 

@@ -79,14 +79,14 @@ def fields() -> str:
 
 
 def refused() -> str:
-    """The request fields that are refused by name."""
+    """The request fields that are refused by name, but for those that are fields of chat completions."""
     both = chat.UNSUPPORTED.keys() & completion.UNSUPPORTED.keys()
+    others = chat.UNSUPPORTED.keys() | chat.ChatCompletionRequest.model_fields.keys()
     lines = [
-        ("both", both),
-        ("chat", chat.UNSUPPORTED.keys() - both),
-        ("completions", completion.UNSUPPORTED.keys() - both),
-        ("responses", responses.UNSUPPORTED.keys()),
-        ("messages", messages.UNSUPPORTED.keys()),
+        ("all", both),
+        ("all but completions", chat.UNSUPPORTED.keys() - both),
+        ("responses", responses.UNSUPPORTED.keys() - others),
+        ("messages", messages.UNSUPPORTED.keys() - others),
     ]
     return table(
         ("endpoint", "refused"), [(path, ", ".join(f"`{name}`" for name in sorted(names))) for path, names in lines]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from server import limits
@@ -66,7 +66,7 @@ class ChatMessage(StrictModel):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"] = Field(
         description="`developer` counts as `system`, `function` as `tool`."
     )
-    content: Content | None = Field(None, description="May be null for the assistant only.")
+    content: Content | None = Field(None, validate_default=True, description="May be null for the assistant only.")
     name: str | None = Field(None, max_length=int(limits.NAME.maximum))
     reasoning_content: str | None = Field(None, description="What the assistant thought, for templates that read it.")
     tool_calls: Annotated[list[ToolCall], Field(max_length=int(limits.TOOL_CALLS.maximum))] | None = None
@@ -76,11 +76,12 @@ class ChatMessage(StrictModel):
         None, description="On the last message, of the assistant: the answer continues it (as DeepSeek's API)."
     )
 
-    @model_validator(mode="after")
-    def _check_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("content_missing", "Content may be null for the assistant only")
-        return self
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: Content | None, others: ValidationInfo) -> Content | None:
+        if content is None and others.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("content_missing", "It may be null for the assistant only")
+        return content
 
 
 class Function(StrictModel):
@@ -175,7 +176,47 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = sampling.UNSUPPORTED | {
     "web_search_options": (),
     "chat_template": (),
     "documents": ([],),
+    "prompt": (),
+    "suffix": ("",),
 }
+_IMMATERIAL = frozenset({"request_id", "timeout", "priority", "cache_salt", "stream_options"})
+"""An answer is the same without them."""
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "min_tokens": (0,),
+    "top_k": (-1, 0),
+    "min_p": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "response_format": ({"type": "text"},),
+    "stop": ([],),
+    "stop_token_ids": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_progress": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+}
+
+
+def fields_of_chat(model: type[StrictModel]) -> dict[str, tuple[object, ...]]:
+    """What a chat request has and a request of `model` has not, for the latter's UNSUPPORTED: whoever sends `stop` to
+    `/v1/responses` expects that it stops."""
+    lacking = ChatCompletionRequest.model_fields.keys() - model.model_fields.keys() - _IMMATERIAL
+    return {name: _NEUTRAL.get(name, ()) for name in sorted(lacking)}
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 
 from server import limits
 from server.schemas import sampling
+from server.schemas.chat import fields_of_chat
 from server.schemas.sampling import SamplingFields, TokenId, integer
 from server.schemas.usage import AnswerTimings, FinishReason, PromptProgress, Usage
 
@@ -66,7 +67,7 @@ class CompletionRequest(SamplingFields):
         return [ids] if ids else prompts
 
 
-UNSUPPORTED: dict[str, tuple[object, ...]] = sampling.UNSUPPORTED
+UNSUPPORTED: dict[str, tuple[object, ...]] = sampling.UNSUPPORTED | fields_of_chat(CompletionRequest)
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,8 @@ import msgspec
 from pydantic import Discriminator, Field, Tag
 
 from server import limits
+from server.schemas import chat
+from server.schemas.chat import fields_of_chat
 from server.schemas.sampling import StopString, StrictModel, by_type, integer, number, string_or_list
 
 # ---------------------------------------------------------------- request
@@ -147,13 +149,17 @@ class MessagesRequest(PromptFields):
     stream: bool | None = Field(None, description="Answer with typed server-sent events.")
 
 
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "container": (),
-    "mcp_servers": ([],),
-    "context_management": (),
-    "output_format": (),
-}
-"""Asks for tools of a server, or for an answer to another prompt than the one that was sent."""
+UNSUPPORTED: dict[str, tuple[object, ...]] = (
+    chat.UNSUPPORTED
+    | fields_of_chat(MessagesRequest)
+    | {
+        "container": (),
+        "mcp_servers": ([],),
+        "context_management": (),
+        "output_format": (),
+    }
+)
+"""Also what asks for tools of a server, or for an answer to another prompt than the one that was sent."""
 
 
 # ---------------------------------------------------------------- answer

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from server import limits
+from server.schemas import chat
+from server.schemas.chat import fields_of_chat
 from server.schemas.sampling import StrictModel, by_type, integer, number, string_or_list
 
 
@@ -202,12 +204,16 @@ class ResponsesRequest(StrictModel):
     )
 
 
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "previous_response_id": (),
-    "conversation": (),
-    "prompt": (),
-    "background": (False,),
-    "truncation": ("disabled",),
-    "context_management": ([],),
-}
-"""Asks for something that is remembered, or for an answer to another prompt than the one that was sent."""
+UNSUPPORTED: dict[str, tuple[object, ...]] = (
+    chat.UNSUPPORTED
+    | fields_of_chat(ResponsesRequest)
+    | {
+        "previous_response_id": (),
+        "conversation": (),
+        "prompt": (),
+        "background": (False,),
+        "truncation": ("disabled",),
+        "context_management": ([],),
+    }
+)
+"""Also what asks for something that is remembered, or for an answer to another prompt than the one that was sent."""

@@ -67,7 +67,8 @@ def by_type(*types: str | tuple[str, ...], absent: str | None = None) -> Callabl
     return tag
 
 
-_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+"""One spelling for each id: of two the last one would win."""
 StopString = Annotated[
     str, _check_bytes(limits.STOP_BYTES), Field(min_length=1, max_length=int(limits.STOP_BYTES.maximum))
 ]

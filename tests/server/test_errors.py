@@ -68,6 +68,16 @@ def test_other_content_types_are_refused(media_type: bytes) -> None:
     assert ask("POST", "/v1/completions", b'{"prompt": "x"}', [(b"content-type", media_type)]).status == 415
 
 
+@pytest.mark.parametrize("coding", [b"gzip", b"br", b"Deflate, gzip"])
+def test_compressed_bodies_are_refused_as_such(coding: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-encoding", coding)]
+    refused = ask("POST", "/v1/completions", b"\x1f\x8b", headers)
+    assert refused.status == 415
+    assert "compressed" in refused.error["message"]
+    headers[1] = (b"content-encoding", b"identity")
+    assert ask("POST", "/v1/completions", b'{"prompt": "x"}', headers).status == 200
+
+
 @pytest.mark.parametrize("media_type", [b"application/json; charset=utf-8", b"Application/JSON", b"application/x+json"])
 def test_json_content_types(media_type: bytes) -> None:
     assert ask("POST", "/v1/completions", b'{"prompt": "x"}', [(b"content-type", media_type)]).status == 200

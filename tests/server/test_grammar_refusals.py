@@ -345,3 +345,19 @@ def test_verdicts_are_remembered_and_a_dead_worker_is_replaced(checker: GrammarC
         assert (error.value.param, error.value.code) == ("p", "invalid_grammar")
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("grammar", "told"),
+    [
+        (Grammar("json_schema", '{"oneOf": [{"type": "string"}, {"type": "string"}]}'), "exclude one another."),
+        (Grammar("json_schema", '{"$ref": "#/nope"}'), "enforced: Pointer '/nope' does not exist."),
+        (Grammar("regex", "(a"), 'enforced: invalid regex "(a"'),
+        (Grammar("lark", 'start: "a'), "enforced: 1(10): "),
+    ],
+)
+def test_what_is_wrong_is_told_in_words_of_the_request(checker: GrammarChecker, grammar: Grammar, told: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        asyncio.run(checker.check(grammar, "p"))
+    assert told in refused.value.message
+    assert refused.value.message.startswith("'p' cannot be enforced: ")

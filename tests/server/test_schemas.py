@@ -98,6 +98,7 @@ def test_null_is_absent_for_every_field() -> None:
         ("n", True),
         ("logit_bias", {"a": 1}),
         ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"05": 1}),
         ("logit_bias", {"1": "1"}),
         ("logit_bias", [1]),
         ("bad_words", "x"),
@@ -132,6 +133,10 @@ def test_only_text_parts(kind: str) -> None:
     with pytest.raises(ApiError, match="text only") as caught:
         parse_chat(messages=[{"role": "user", "content": parts}])
     assert caught.value.param == "messages[0].content[1]"
+    for message in ({"role": "user"}, {"role": "tool", "content": None}):
+        with pytest.raises(ApiError) as caught:
+            parse_chat(messages=[message])
+        assert caught.value.param == "messages[0].content"
 
 
 def test_content_forms() -> None:

@@ -49,6 +49,7 @@ ENGINE_DEAD = Finished(
     code="engine_dead",
     message="The server had an error while processing your request.",
 )
+OVERRUN = Finished(reason=FinishReason.ABORT, code="slow_reader")
 """How every open stream ends when the engine dies. The text is fixed: what happened is for the log, not for clients."""
 
 
@@ -269,15 +270,15 @@ class EngineClient:
         for request_id, started in output.started.items():
             if (stream := streams.get(request_id)) is not None:
                 stream.push([], started=started)
-        for request_id, logprobs in output.logprobs.items():
-            if (stream := streams.get(request_id)) is not None:
-                stream.push([], logprobs=logprobs)
         for request_id, token_ids in zip(output.request_ids, output.token_ids, strict=True):
             stream = streams.get(request_id)
             if stream is None:
                 self.unknown_ids += 1
             else:
-                stream.push(token_ids)
+                stream.push(token_ids, logprobs=output.logprobs.get(request_id))
+                if stream.is_overrun:
+                    stream.push([], finished=OVERRUN)
+                    self.abort(request_id)
         for request_id, finished in output.finished.items():
             if (stream := streams.pop(request_id, None)) is not None:
                 del self._prompts[request_id]

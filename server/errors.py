@@ -301,6 +301,8 @@ def finished_error(finished: Finished, request_id: str) -> ApiError | None:
             return ContextLengthExceeded(finished.message or "The request does not fit the model's window.")
         case FinishReason.REJECTED:
             return BadRequest(finished.message or "The engine refused the request.", code=finished.code)
+        case FinishReason.ABORT if finished.code == "slow_reader":
+            return Unavailable("The answer was not read as fast as it was made.", code="slow_reader", retry_after=1)
         case FinishReason.ABORT:
             return Unavailable("The server stopped before the answer was complete.", code="aborted", retry_after=1)
         case FinishReason.ERROR:

@@ -27,6 +27,8 @@ access_logger = logging.getLogger("server.access")
 
 HEAD_SECONDS = 10.0
 """From the first byte of a request to the end of its headers."""
+WRITE_BUFFER_BYTES = 16 * 1024
+"""What waits here for a client that does not read, before the answer does; the kernel keeps eight times as much."""
 LINGER_SECONDS = 2.0
 """How long what a client still sends is read and dropped after a refusal. Closing at once resets the connection, and
 the client may never see why."""
@@ -70,6 +72,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -91,9 +91,12 @@ def seconds_until_gone(leave: Callable[[], object], is_gone: Callable[[], bool])
     return time.monotonic() - started
 
 
-def test_f18_sixty_four_clients_that_do_not_read(start: StartDaemon, measured: Measured) -> None:
-    daemon = start("--max-num-seqs", "80", "--max-num-batched-tokens", "512")
-    body = {**LONG, "stream": True, "max_tokens": 3000}
+@pytest.mark.parametrize("num_logprobs", [None, 20])
+def test_f18_sixty_four_clients_that_do_not_read(
+    start: StartDaemon, measured: Measured, num_logprobs: int | None
+) -> None:
+    daemon = start("--max-num-seqs", "80", "--max-num-batched-tokens", "512", "--num-blocks", "3200")
+    body = {**LONG, "stream": True, "max_tokens": 3000, "logprobs": num_logprobs}
     before = memory(daemon.process.pid)
     stalled = []
     for _ in range(64):
@@ -109,11 +112,16 @@ def test_f18_sixty_four_clients_that_do_not_read(start: StartDaemon, measured: M
     seconds = time.monotonic() - started
     time.sleep(15)
     held = (memory(daemon.process.pid) - before) / 64
+    running = daemon.gauge("vllm:num_requests_running")
     assert held < 256 * 1024
     for connection in stalled:
         reset(connection)
     daemon.wait_idle(10)
-    measured("F18", f"{held / 1024:.0f} KiB for each after 15 s; 50 tokens for another client took {seconds:.1f} s")
+    measured(
+        "F18",
+        f"{num_logprobs or 0} log-probabilities: {held / 1024:.0f} KiB for each after 15 s, {running:.0f} still run; "
+        f"50 tokens for another client took {seconds:.1f} s",
+    )
 
 
 def test_f19_clients_that_vanish_without_a_word(tmp_path: Path, measured: Measured) -> None:

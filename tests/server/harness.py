@@ -238,10 +238,10 @@ def run(script: Script, path: str = COMPLETIONS, options: Any = None, **data: An
 
 
 def entries(ids: list[int], k: int) -> Logprobs:
-    """Made-up but recognisable: token i has -i / 10, the alternatives are its neighbours."""
+    """Made-up but recognisable: token i has -i / 8, the alternatives are its neighbours."""
     return Logprobs(
         token_ids=[[token_id, *range(token_id, token_id + k)] for token_id in ids],
-        logprobs=[[-token_id / 10, *(-token_id / 10 - more for more in range(k))] for token_id in ids],
+        logprobs=[[-token_id / 8, *(-token_id / 8 - more for more in range(k))] for token_id in ids],
     )
 
 

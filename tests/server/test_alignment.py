@@ -41,7 +41,7 @@ def paced(ids: list[int], sizes: list[int]) -> Script:
                 out.push(
                     part,
                     started=Started(0, 0.0, 0.0),
-                    logprobs=Logprobs([[each] for each in part], [[-each / 10] for each in part]),
+                    logprobs=Logprobs([[each] for each in part], [[-each / 8] for each in part]),
                     finished=None if rest else finish(),
                 )
                 if not rest:
@@ -92,7 +92,7 @@ def test_stream_whole_and_reference_agree(
     for piece in pieces:
         assert len(values_of(piece, is_chat)) == len(piece.get("token_ids") or [])
     values = [value for piece in pieces for value in values_of(piece, is_chat)]
-    assert values == values_of(choice, is_chat) == [-each / 10 for each in ids[:count]]
+    assert values == values_of(choice, is_chat) == [-each / 8 for each in ids[:count]]
 
 
 def values_of(choice: Any, is_chat: bool) -> list[float]:

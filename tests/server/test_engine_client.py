@@ -20,13 +20,16 @@ from msgspec import structs
 from model.batch import Logprobs, SamplingParams
 from scheduler.config import EngineConfig
 from scheduler.messages import AddRequest, EngineStats, Finished, FinishReason
+from server import streams
 from server.engine_client import (
     ENGINE_DEAD,
+    OVERRUN,
     EngineClient,
     EngineStartError,
     EngineState,
     EngineUnavailable,
 )
+from server.errors import finished_error
 from server.streams import RequestStream
 from tests.scheduler.fake_engine import COMMAND, expected_tokens
 
@@ -163,6 +166,25 @@ def test_a_prompt_of_131072_tokens_crosses_the_channel() -> None:
         )
 
     with_engine(scenario, max_num_batched_tokens=8192)
+
+
+def test_a_reader_who_lets_log_probabilities_gather_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MOST_BEHIND", 1000)
+
+    async def scenario(engine: EngineClient) -> None:
+        request = add_request("a", [1], 1_000_000)
+        slow = engine.submit(structs.replace(request, params=SamplingParams(max_tokens=1_000_000, logprobs=0)))
+        await until(lambda: engine.num_open == 0)
+        await until(lambda: engine.stats.num_running == 0)
+        tokens, end = await read(slow)
+        assert end == OVERRUN
+        assert 100 < len(tokens) < 200
+        assert tokens == expected_tokens([1], len(tokens))
+        error = finished_error(end, "id")
+        assert error is not None
+        assert (error.status, error.code) == (503, "slow_reader")
+
+    with_engine(scenario)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

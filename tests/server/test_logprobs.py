@@ -27,7 +27,7 @@ from tests.server.harness import (
 def test_chat_logprobs() -> None:
     whole = run(scores(), CHAT, logprobs=True, top_logprobs=2)[0].json["choices"][0]["logprobs"]
     ids = ids_of(TEXT)
-    assert [entry["logprob"] for entry in whole["content"]] == [-token_id / 10 for token_id in ids]
+    assert [entry["logprob"] for entry in whole["content"]] == [-token_id / 8 for token_id in ids]
     assert b"".join(bytes(entry["bytes"]) for entry in whole["content"]).decode() == TEXT
     assert all(len(entry["top_logprobs"]) == 2 for entry in whole["content"])
     events = run(scores(), CHAT, logprobs=True, top_logprobs=2, stream=True)[0].events
@@ -91,7 +91,7 @@ def test_echo_has_an_entry_for_every_token() -> None:
     assert engine.requests[0].params.prompt_logprobs == 1
     assert {len(column) for column in logprobs.values()} == {5}
     assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
-    assert logprobs["token_logprobs"][1:4] == [-0.6, -0.7, -0.8]
+    assert logprobs["token_logprobs"][1:4] == [-0.75, -0.875, -1.0]
     assert all(logprobs["top_logprobs"][1:])
 
 

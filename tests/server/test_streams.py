@@ -6,7 +6,7 @@ import pytest
 
 from model.batch import Logprobs
 from scheduler.messages import Finished, FinishReason, Started
-from server.streams import Delta, RequestStream
+from server.streams import AT_ONCE, Delta, RequestStream
 
 STOP = Finished(reason=FinishReason.STOP, stop_token_id=7)
 HIT = Started(64, 0.5, 0.25)
@@ -43,22 +43,60 @@ def test_a_slow_reader_finds_everything_merged_into_one_delta() -> None:
     assert asyncio.run(scenario()) == [Delta(list(range(1, 1001)), STOP, HIT)]
 
 
-def test_log_probabilities_merge_in_order_and_progress_keeps_the_latest() -> None:
+def test_log_probabilities_of_a_prompt_merge_in_order_and_progress_keeps_the_latest() -> None:
     async def scenario() -> list[Delta]:
         stream = RequestStream("a")
         for position in (1, 2, 3):
             stream.push([], prompt_logprobs=Logprobs([[position]], [[-0.5 * position]]))
             stream.push([], progress=64 * position)
         stream.push([], started=HIT)
-        stream.push([], logprobs=Logprobs([[7]], [[-1.0]]))
-        stream.push([7])
-        stream.push([], logprobs=Logprobs([[8]], [[-2.0]]))
-        stream.push([8], finished=STOP)
+        stream.push([7], logprobs=Logprobs([[7]], [[-1.0]]))
+        stream.push([], finished=STOP)
         return [delta async for delta in stream]
 
     prompt_logprobs = Logprobs([[1], [2], [3]], [[-0.5], [-1.0], [-1.5]])
-    logprobs = Logprobs([[7], [8]], [[-1.0], [-2.0]])
-    assert asyncio.run(scenario()) == [Delta([7, 8], STOP, HIT, logprobs, prompt_logprobs, 192)]
+    assert asyncio.run(scenario()) == [Delta([7], STOP, HIT, Logprobs([[7]], [[-1.0]]), prompt_logprobs, 192)]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, AT_ONCE, AT_ONCE + 1, AT_ONCE + 2, 5 * AT_ONCE])
+@pytest.mark.parametrize("with_last", [True, False])
+def test_log_probabilities_wait_in_turn_for_a_slow_reader(num_tokens: int, with_last: bool) -> None:
+    """The end comes with the last token or after it."""
+
+    async def scenario() -> list[Delta]:
+        stream = RequestStream("a")
+        for token in range(num_tokens):
+            finished = STOP if with_last and token == num_tokens - 1 else None
+            stream.push([token], logprobs=Logprobs([[token, 9]], [[-0.5 * token, -3.0]]), finished=finished)
+        if not with_last:
+            stream.push([], finished=STOP)
+        assert stream.ended
+        return [delta async for delta in stream]
+
+    deltas = asyncio.run(scenario())
+    assert [token for delta in deltas for token in delta.token_ids] == list(range(num_tokens))
+    assert [delta.finished for delta in deltas] == [None] * (len(deltas) - 1) + [STOP]
+    for delta in deltas:
+        assert delta.logprobs == Logprobs(
+            [[t, 9] for t in delta.token_ids], [[-0.5 * t, -3.0] for t in delta.token_ids]
+        )
+        assert len(delta.token_ids) <= AT_ONCE
+
+
+def test_a_reader_far_behind_is_overrun_until_it_reads() -> None:
+    async def scenario() -> None:
+        stream = RequestStream("a")
+        values = Logprobs([[7] * 21], [[-1.0] * 21])
+        pushed = 0
+        while not stream.is_overrun:
+            stream.push([7], logprobs=Logprobs(values.token_ids, values.logprobs))
+            pushed += 1
+        assert 100 < pushed < 1000
+        await anext(stream)
+        await anext(stream)
+        assert not stream.is_overrun
+
+    asyncio.run(scenario())
 
 
 def test_nothing_comes_after_the_end() -> None:

@@ -307,9 +307,13 @@ def _memory_beside_steps(
     return free
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has a class of its own for it, on a CPU only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """torch's allocator of a GPU has a class of its own for it; a CPU's, the driver, which loads kernels and graphs,
+    and cuBLAS have only words. A capture that ran out of it ends with another error in its place."""
+    if error is None or isinstance(error, torch.OutOfMemoryError):
+        return error is not None
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return any(word in str(error) for word in words) or _is_out_of_memory(error.__context__)
 
 
 def _described(runner: ModelRunner) -> str:

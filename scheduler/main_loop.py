@@ -122,6 +122,9 @@ class Engine:
         try:
             launched = self._runner.launch(batch)
         except MemoryError as error:
+            while self._in_flight:  # launched before, with all the memory they need
+                self._collect()
+            self.step = batch.step
             self._recover(error)
         else:
             self._in_flight.append(InFlight(batch.step, launched, constrained))
@@ -214,7 +217,6 @@ class Engine:
         if self._out_of_memory_at is not None and now - self._out_of_memory_at < FORGIVEN_SECONDS:
             raise error
         self._out_of_memory_at = now
-        self._in_flight.clear()
         self._runner.reset()
         culprit = self._scheduler.abandon()
         logger.error("step %d ran out of memory, %s is given up: %s", self.step, culprit, one_line(error))

@@ -49,10 +49,10 @@ class Served:
 
 
 class Watched:
-    """A runner with two memories whose steps in flight are counted; `before` may act before each launch."""
+    """A runner with two memories whose steps in flight are counted, and one of which may run out of memory."""
 
-    def __init__(self, runner: ModelRunner, inbox: Inbox, abort_at: dict[int, str]) -> None:
-        self._runner, self._inbox, self._abort_at = runner, inbox, abort_at
+    def __init__(self, runner: ModelRunner, inbox: Inbox, abort_at: dict[int, str], fail_at: int | None) -> None:
+        self._runner, self._inbox, self._abort_at, self._fail_at = runner, inbox, abort_at, fail_at
         runner._rows._apart = True
         runner._rows._history = torch.full_like(runner._rows._history, 7)
         self.in_flight = self.most_in_flight = 0
@@ -63,6 +63,11 @@ class Watched:
     def launch(self, batch: ForwardBatch) -> Any:
         if batch.step in self._abort_at:
             self._inbox.put(AbortRequests([self._abort_at[batch.step]]))
+        if batch.step == self._fail_at:
+            self._fail_at = None
+            self._runner.prepare(batch)  # as far as it came
+            self.in_flight = 0
+            raise MemoryError("no room")
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         launched = self._runner.launch(batch)
@@ -84,6 +89,7 @@ def serve(
     num_blocks: int = 200,
     budget: int = 512,
     abort_at: dict[int, str] | None = None,
+    fail_at: int | None = None,
 ) -> Served:
     runner = load_runner(
         model_dir, max_model_len=768, max_num_seqs=16, num_blocks=num_blocks, num_threads=1, progress=False
@@ -103,7 +109,7 @@ def serve(
     inbox = Inbox()
     with socket.socket() as nowhere:  # nothing is sent, since there is no writer
         outbox = Outbox(EngineChannel(nowhere))
-    watched = Watched(runner, inbox, abort_at or {})
+    watched = Watched(runner, inbox, abort_at or {}, fail_at)
     for message in requests:
         if message.grammar is not None:
             grammars.add(message.request_id, message.grammar)
@@ -201,3 +207,28 @@ def test_an_abort_takes_effect_between_steps_and_changes_nobody_else(
             assert len(own) < len(tokens)
         else:
             assert own == tokens
+
+
+@pytest.mark.parametrize("fail_at", [1, 4, 9])
+def test_a_launch_that_runs_out_of_memory_costs_one_request(
+    model_dir: Path, requests: list[AddRequest], plain: Served, fail_at: int
+) -> None:
+    served = serve(model_dir, requests, overlap=True, fail_at=fail_at)
+    failed = [request_id for request_id, end in served.finished.items() if end.code == "out_of_memory"]
+    assert len(failed) == 1
+    for request_id, tokens in plain.tokens.items():
+        own = served.tokens.get(request_id, [])
+        assert own == (tokens[: len(own)] if request_id in failed else tokens)
+
+
+def test_who_is_complete_when_the_next_launch_fails_is_not_to_blame(model_dir: Path) -> None:
+    """The newest prompt was computed in the step before, which succeeds, and nothing of it is in the one that fails."""
+    prompt = array("I", range(2, 22)).tobytes()
+    requests = [
+        AddRequest(request_id=name, prompt=prompt, params=SamplingParams(max_tokens=number, ignore_eos=True))
+        for name, number in (("long", 6), ("short", 1))
+    ]
+    served = serve(model_dir, requests, overlap=True, fail_at=1)
+    assert served.finished["short"].reason is FinishReason.LENGTH
+    assert len(served.tokens["short"]) == 1
+    assert served.finished["long"].code == "out_of_memory"

@@ -191,6 +191,8 @@ def test_a_single_token_that_does_not_fit_is_an_error(checkpoint: Path, monkeypa
     [
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_after_a_lack_of_memory_and_a_reset_it_computes_the_same(
@@ -210,6 +212,21 @@ def test_after_a_lack_of_memory_and_a_reset_it_computes_the_same(
     for row in (0, 1):
         new, scheduled = prefill(row, [5, 6, 7, 8], [row])
         assert runner.execute(ForwardBatch(2, [scheduled], [new])).token_ids == whole
+
+
+def test_a_capture_that_runs_out_of_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = load(checkpoint)
+
+    def capture(*_: object) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(runner, "_compute", capture)
+    new, row = prefill(0, [5], [0])
+    with pytest.raises(MemoryError, match="during capture"):
+        runner.execute(ForwardBatch(0, [row], [new]))
 
 
 def test_any_other_error_comes_out_as_it_is(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

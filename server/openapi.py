@@ -77,7 +77,7 @@ STATUSES = {
     405: "Another method: see Allow.",
     408: "The headers or the body came too slowly.",
     413: "The body is too large.",
-    415: "The body is not JSON.",
+    415: "The body is not JSON, or is compressed.",
     429: "A limit of this key is reached.",
     431: "The headers are too large.",
     499: "The request was cancelled.",

@@ -6,7 +6,7 @@ from array import array
 
 from server.errors import BadRequest
 from server.generation import refuse_long_text
-from server.sampling import prompt_too_long
+from server.sampling import check_token_ids, prompt_too_long
 from server.schemas.completion import CompletionRequest
 from server.tokenizer import EncodeError, Segment, Tokenizer, TooManyTokensError
 
@@ -18,12 +18,9 @@ arXiv 2401.14196, 3.1.2)."""
 def check_prompts(body: CompletionRequest, tokenizer: Tokenizer) -> None:
     """Raises BadRequest for what is wrong whatever the engine says."""
     for number, prompt in enumerate(body.prompts):
-        if not isinstance(prompt, str) and (highest := max(prompt)) >= tokenizer.vocab_size:
-            where = f"entry {prompt.index(highest)}" + (f" of prompt {number}" if len(body.prompts) > 1 else "")
-            raise BadRequest(
-                f"A token id must be below the vocabulary's size, {tokenizer.vocab_size}; {where} is not.",
-                param="prompt",
-            )
+        if not isinstance(prompt, str):
+            is_only = isinstance(body.prompt[0], int)
+            check_token_ids(prompt, tokenizer.vocab_size, "prompt" if is_only else f"prompt[{number}]")
     if not body.suffix:
         return
     if not set(FIM_TOKENS) <= set(tokenizer.added_tokens):

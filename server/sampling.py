@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
@@ -36,15 +37,10 @@ def sampling_params(
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Raises BadRequest for an id outside the vocabulary. Draws a seed where the client gave none."""
-    for name in ("stop_token_ids", "allowed_token_ids"):
-        for index, token_id in enumerate(getattr(fields, name) or ()):
-            if token_id >= vocab_size:
-                raise BadRequest(
-                    f"A token id must be below the vocabulary's size, {vocab_size}.", param=f"{name}[{index}]"
-                )
+    check_token_ids(fields.stop_token_ids or (), vocab_size, "stop_token_ids")
+    check_token_ids(fields.allowed_token_ids or (), vocab_size, "allowed_token_ids")
     bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
-    if max(bias, default=0) >= vocab_size:
-        raise BadRequest(f"A token id must be below the vocabulary's size, {vocab_size}.", param="logit_bias")
+    check_token_ids(tuple(bias), vocab_size, "logit_bias")
     temperature = _first(fields.temperature, 0.0 if defaults.do_sample is False else defaults.temperature, 1.0)
     top_p = _first(fields.top_p, defaults.top_p, 1.0)
     return SamplingParams(
@@ -68,6 +64,13 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises BadRequest that names the place of the largest id where that is outside of the vocabulary."""
+    if (highest := max(token_ids, default=0)) >= vocab_size:
+        place = f"{param}[{token_ids.index(highest)}]" if param != "logit_bias" else f"{param}.{highest}"
+        raise BadRequest(f"A token id must be below the vocabulary's size, {vocab_size}.", param=place)
 
 
 def fit_max_tokens(prompt_tokens: int, asked: int | None, default: int | None, window: int, param: str) -> int:

@@ -300,12 +300,13 @@ def unknown_environment() -> list[str]:
     """One line for each `LATENTD_*` variable that no option reads: most likely a misspelling."""
     known = [ENV_PREFIX + name.upper() for name in Settings.model_fields] + [CONFIG_ENV]
     names = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
-    return [f"{name} is not an option and is ignored{suggestion(name, known)}" for name in names]
+    return [f"{name} is not an option and is ignored{suggestion(name, known, ENV_PREFIX)}" for name in names]
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def suggestion(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """What may have been meant, for the end of a message. The `prefix` of all of them does not make two alike."""
+    close = difflib.get_close_matches(word.removeprefix(prefix), [each.removeprefix(prefix) for each in known], n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
 def _reason(field: str, error: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from server.generation import Generator
 from server.json_body import ignored_header, read_body
 from server.openapi import body_docs, docs
 from server.routes.answer import json_response, record_of
+from server.sampling import check_token_ids
 from server.schemas.chat import UNSUPPORTED, ChatCompletionRequest, ChatMessage
 from server.schemas.tokenize import (
     UNSUPPORTED_TOKENIZE,
@@ -61,12 +62,7 @@ def tokenize_router(generator: Generator, gate: AdmissionGate, chat: ChatService
         body, ignored = await read_body(request, DetokenizeRequest, {})
         served.resolve(body.model)
         tokens = body.tokens
-        if (highest := max(tokens, default=0)) >= tokenizer.vocab_size:
-            raise BadRequest(
-                f"A token id must be below the vocabulary's size, {tokenizer.vocab_size}; "
-                f"entry {tokens.index(highest)} is not.",
-                param="tokens",
-            )
+        check_token_ids(tokens, tokenizer.vocab_size, "tokens")
         if body.skip_special_tokens:
             tokens = [token_id for token_id in tokens if not tokenizer.is_special(token_id)]
         text = b"".join(map(tokenizer.token_bytes, tokens)).decode(errors="replace")

@@ -187,10 +187,17 @@ def test_chunked_body_is_bounded_without_a_length() -> None:
 
 
 def test_token_ids_are_below_the_vocabulary() -> None:
-    async def run(token_id: int) -> Answer:
+    async def run(path: str, body: dict[str, Any]) -> Answer:
         app, _ = make_app(answers("ok"))
-        return await call(app, "POST", COMPLETIONS, json.dumps({"prompt": [token_id]}).encode(), [JSON])
+        return await call(app, "POST", path, json.dumps(body).encode(), [JSON])
 
-    assert asyncio.run(run(tokenizer().vocab_size - 1)).status == 200
-    refused = asyncio.run(run(tokenizer().vocab_size))
-    assert (refused.status, refused.error["param"]) == (400, "prompt")
+    size = tokenizer().vocab_size
+    assert asyncio.run(run(COMPLETIONS, {"prompt": [size - 1]})).status == 200
+    for path, body, param in (
+        (COMPLETIONS, {"prompt": [5, size]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [[5], [5, size]]}, "prompt[1][1]"),
+        (COMPLETIONS, {"prompt": [[size]]}, "prompt[0][0]"),
+        ("/detokenize", {"tokens": [5, size]}, "tokens[1]"),
+    ):
+        refused = asyncio.run(run(path, body))
+        assert (refused.status, refused.error["param"]) == (400, param)

@@ -144,7 +144,11 @@ def test_a_bad_config_file_is_refused(tmp_path: Path, text: str | None, reason: 
 def test_a_misspelt_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTD_PROT", "9000")
     monkeypatch.setenv("LATENTD_CONFIG", "/some/file")
-    assert unknown_environment() == ["LATENTD_PROT is not an option and is ignored (did you mean LATENTD_PORT?)"]
+    monkeypatch.setenv("LATENTD_FOO", "1")
+    assert unknown_environment() == [
+        "LATENTD_FOO is not an option and is ignored",
+        "LATENTD_PROT is not an option and is ignored (did you mean LATENTD_PORT?)",
+    ]
 
 
 def test_keys_of_file_and_environment_add_up_and_never_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

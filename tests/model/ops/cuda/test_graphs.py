@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.inputs import StepInputs
-from model.latent_cache import LatentCache
+from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cuda import graphs
 from model.ops.cuda.graphs import DecodeGraphs
 from model.ops.cuda.ops import CudaOps
@@ -55,20 +55,22 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, CudaOps,
     return model.compute, ops, model.config
 
 
-def decoding(contexts: list[int], config: Any) -> tuple[StepInputs, LatentCache]:
+def decoding(contexts: list[int], config: Any, fp8: bool = False) -> tuple[StepInputs, LatentCache]:
     step, _ = step_of([(1, context) for context in contexts])
     step = replace(step, token_ids=torch.arange(5, 5 + len(contexts)))
-    cache = LatentCache(12, config.num_hidden_layers, config.latent_dim, torch.float32)
-    cache.data.copy_(torch.randn(cache.data.shape, generator=torch.Generator().manual_seed(1)))
+    rank, layers = config.kv_lora_rank, config.num_hidden_layers
+    cache = LatentCache(12, layers, config.latent_dim, torch.float32, fp8_latents=rank if fp8 else 0)
+    numbers = torch.randn(12 * layers * BLOCK_SIZE, config.latent_dim, generator=torch.Generator().manual_seed(1))
+    cache.write(torch.arange(len(numbers)), numbers[:, :rank], numbers[:, rank:])
     return step, cache
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @torch.inference_mode()
-def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, CudaOps, Any]) -> None:
+def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, CudaOps, Any], fp8: bool) -> None:
     compute, ops, config = network
-    step, cache = decoding([70, 1, 200], config)
-    other = LatentCache(cache.num_blocks, cache.num_layers, config.latent_dim, torch.float32)
-    other.data.copy_(cache.data)
+    step, cache = decoding([70, 1, 200], config, fp8)
+    other = decoding([70, 1, 200], config, fp8)[1]
     before, _ = decoding([9, 129, 1, 64], config)
     compute(before, cache)
     hidden, logits = compute(step, cache)
@@ -77,17 +79,21 @@ def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, C
     found_hidden, found_logits = replayed(step, other)
     torch.testing.assert_close(found_hidden, hidden, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found_logits, logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(other.data, cache.data, rtol=1e-4, atol=1e-4)
+    lines = torch.arange(12 * config.num_hidden_layers * BLOCK_SIZE)
+    torch.testing.assert_close(other.read(lines), cache.read(lines), rtol=1e-4, atol=1e-4)
     one = replace(step, sample_index=torch.tensor([1]))
     torch.testing.assert_close(replayed(one, other)[1], logits[1:2], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @torch.inference_mode()
-def test_the_host_waits_for_nothing(network: tuple[Network, CudaOps, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_waits_for_nothing(
+    network: tuple[Network, CudaOps, Any], fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is launched here: kernels are opaque to a graph, and their interpreter would be looked at too."""
     compute, ops, config = network
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)
-    step, cache = decoding([70, 1], config)
+    step, cache = decoding([70, 1], config, fp8)
     replayed = DecodeGraphs(compute, config, ops.on_device)
     replayed(step, cache)
     with CaptureList() as captured:

@@ -78,7 +78,8 @@ def test_a_gpu_gets_the_kernels_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> 
     assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").name == "eager"
 
 
-def test_no_launch_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_no_launch_waits_for_the_device(kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts, chunks, decoding, log-probabilities: from the rows to the tokens nothing is read until it is collected.
 
     Rows have a memory of the device's own, as with a GPU. Nothing is computed here, as in `test_graphs`.
@@ -87,7 +88,7 @@ def test_no_launch_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monk
     ops = CudaOps()
     monkeypatch.setattr("model.runner._choose_ops", lambda *_: ops)
     monkeypatch.setattr("model.ops.cuda.attention.MOST_ABSORBED", 32)
-    engine = Engine(model_dir, budget=60)
+    engine = Engine(model_dir, budget=60, kv_cache_dtype=kv_cache_dtype)
     rows = engine.runner._rows
     rows._apart, rows._history = True, torch.zeros_like(rows._history)
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *_, **__: None)

@@ -103,6 +103,18 @@ def test_one_death_too_many_is_the_end_with_code_1_and_the_reason() -> None:
     supervise(scenario, pauses=(0.0, 0.1))
 
 
+def test_a_second_death_is_followed_by_a_pause() -> None:
+    async def scenario(supervisor: Supervisor, running: asyncio.Task[None]) -> None:
+        kill(supervisor)
+        await until_restarted(supervisor, 1)
+        died = time.monotonic()
+        kill(supervisor)
+        await until(lambda: supervisor.restarts == 2, 60)
+        assert time.monotonic() - died >= 1.0
+
+    supervise(scenario, pauses=(0.0, 1.0))
+
+
 def test_deaths_of_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.supervisor.DEATH_WINDOW_SECONDS", 0.01)
 

@@ -317,6 +317,25 @@ def test_row_and_blocks_return_when_the_last_step_that_refers_to_them_was_proces
     assert [new_row.row for new_row in batch.new_rows] == [0]
 
 
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_request_that_ends_within_its_prompt_gives_everything_back(in_flight: bool) -> None:
+    bench = Bench(max_num_seqs=1, max_num_batched_tokens=8)
+    bench.add("a", range(30))
+    bench.add("b", range(30, 33), max_tokens=1)
+    bench.step()
+    sampled = bench.plan()[1] if in_flight else None
+    assert bench.scheduler.finish("a", ABORT)
+    check(bench.scheduler)
+    if sampled is not None:
+        assert bench.pool.free_count < bench.pool.num_blocks
+        bench.process(sampled)
+    assert bench.pool.free_count == bench.pool.num_blocks
+    bench.run()
+    assert "a" not in bench.output
+    assert len(bench.output["b"]) == 1
+    assert bench.finished["a"] == ABORT
+
+
 def test_the_tail_of_an_ended_request_is_evicted_before_its_head() -> None:
     bench = Bench(num_blocks=4)
     bench.add("a", range(16), max_tokens=1)

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,16 @@ def linear(kernels: Library, seed: int) -> Tensor:
 
 
 def threads_of_the_pool() -> int:
-    names = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    """One that was joined may still be listed, or go while it is read: what ends is waited for."""
+    names: list[str] = []
+    for _ in range(500):
+        before, names = names, []
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):
+                names.append(Path(task, "comm").read_text().strip())
+        if names == before:
+            break
+        time.sleep(0.01)
     return names.count("latentd-kernels")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from array import array
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from scheduler.messages import Finished, Started
 
 MOST_BEHIND = 80 * 1024
 """Bytes of tokens with log-probabilities that may wait for a reader: five hundred tokens with twenty each."""
+PATIENCE = 2.0
+"""Seconds that more than those may wait: a small model makes them in one, and we may have been held up ourselves."""
 AT_ONCE = 16
 """Tokens of those in one delta: as JSON, twenty log-probabilities of a token have two kilobytes."""
 
@@ -43,7 +46,7 @@ class RequestStream:
     backlog and are read a few at a time; a reader that lets too many of them gather is to be given up.
     """
 
-    __slots__ = ("_backlog", "_end", "_pending", "_waiter", "ended", "request_id")
+    __slots__ = ("_backlog", "_behind_since", "_end", "_pending", "_waiter", "ended", "request_id")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -51,14 +54,21 @@ class RequestStream:
         """The terminal event was pushed (its delta may still wait to be read)."""
         self._pending: Delta | None = None
         self._backlog = _Backlog()
+        self._behind_since: float | None = None
         self._end: Finished | None = None
         """What comes with the last of the backlog."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_overrun(self) -> bool:
-        """More waits for the reader than may."""
-        return self._backlog.num_bytes > MOST_BEHIND
+        """More than may has waited for the reader, whenever this was asked in the last `PATIENCE` seconds."""
+        if self._backlog.num_bytes <= MOST_BEHIND:
+            self._behind_since = None
+            return False
+        now = time.monotonic()
+        if self._behind_since is None:
+            self._behind_since = now
+        return now - self._behind_since > PATIENCE
 
     def push(
         self,

@@ -170,6 +170,7 @@ def test_a_prompt_of_131072_tokens_crosses_the_channel() -> None:
 
 def test_a_reader_who_lets_log_probabilities_gather_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MOST_BEHIND", 1000)
+    monkeypatch.setattr(streams, "PATIENCE", 0.0)
 
     async def scenario(engine: EngineClient) -> None:
         request = add_request("a", [1], 1_000_000)

@@ -6,6 +6,7 @@ import pytest
 
 from model.batch import Logprobs
 from scheduler.messages import Finished, FinishReason, Started
+from server import streams
 from server.streams import AT_ONCE, Delta, RequestStream
 
 STOP = Finished(reason=FinishReason.STOP, stop_token_id=7)
@@ -83,18 +84,25 @@ def test_log_probabilities_wait_in_turn_for_a_slow_reader(num_tokens: int, with_
         assert len(delta.token_ids) <= AT_ONCE
 
 
-def test_a_reader_far_behind_is_overrun_until_it_reads() -> None:
+def test_a_reader_is_overrun_who_stays_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         stream = RequestStream("a")
-        values = Logprobs([[7] * 21], [[-1.0] * 21])
-        pushed = 0
-        while not stream.is_overrun:
-            stream.push([7], logprobs=Logprobs(values.token_ids, values.logprobs))
-            pushed += 1
-        assert 100 < pushed < 1000
-        await anext(stream)
-        await anext(stream)
+
+        def push() -> None:
+            for _ in range(1000):
+                stream.push([7], logprobs=Logprobs([[7] * 21], [[-1.0] * 21]))
+
+        push()
         assert not stream.is_overrun
+        assert not stream.is_overrun  # much waits, but not for long
+        monkeypatch.setattr(streams, "PATIENCE", 0.0)
+        assert stream.is_overrun
+        for _ in range(1000 // AT_ONCE):
+            await anext(stream)
+        assert not stream.is_overrun
+        push()
+        assert not stream.is_overrun  # the wait begins anew
+        assert stream.is_overrun
 
     asyncio.run(scenario())
 

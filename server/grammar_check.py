@@ -28,6 +28,8 @@ from server.errors import BadRequest, Overloaded
 WORKERS = 2
 PATIENCE_SECONDS = 1.8
 """A request whose turn has not come by then is refused as overload."""
+START_SECONDS = 15.0
+"""The same, until there is a first verdict: the processes have to read a tokenizer of perhaps 130,000 tokens before."""
 MAX_VERDICTS = 4096
 """Remembered, good and bad, by the hash of the grammar."""
 
@@ -54,10 +56,12 @@ class GrammarChecker:
         if verdict is None:
             frame = msgspec.msgpack.encode(grammar)
             try:
-                async with asyncio.timeout(PATIENCE_SECONDS):
+                async with asyncio.timeout(PATIENCE_SECONDS if self._verdicts else START_SECONDS):
                     verdict = await asyncio.get_running_loop().run_in_executor(self._executor, self._ask, frame)
             except TimeoutError:
-                raise Overloaded("Too many grammars are being compiled.", param=param, retry_after=1) from None
+                raise Overloaded(
+                    "Grammars take too long to compile at the moment.", param=param, retry_after=1
+                ) from None
             self._verdicts[key] = verdict
             if len(self._verdicts) > MAX_VERDICTS:
                 self._verdicts.popitem(last=False)

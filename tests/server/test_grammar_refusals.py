@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from scheduler.messages import Grammar
-from server.errors import ApiError, BadRequest
+from server import grammar_check
+from server.errors import ApiError, BadRequest, Overloaded
 from server.grammar_check import GrammarChecker
 from server.limits import (
     CHOICES,
@@ -361,3 +362,19 @@ def test_what_is_wrong_is_told_in_words_of_the_request(checker: GrammarChecker, 
         asyncio.run(checker.check(grammar, "p"))
     assert told in refused.value.message
     assert refused.value.message.startswith("'p' cannot be enforced: ")
+
+
+def test_patience_begins_with_the_first_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes must read the tokenizer first: no overload, however long that takes."""
+    monkeypatch.setattr(grammar_check, "PATIENCE_SECONDS", 0.0)
+
+    async def ask() -> None:
+        checker = GrammarChecker(BUILTIN_MODEL / "tokenizer.json")
+        try:
+            await checker.check(Grammar(kind="regex", text="a+"), "p")
+            with pytest.raises(Overloaded):
+                await checker.check(Grammar(kind="regex", text="b+"), "p")
+        finally:
+            checker.close()
+
+    asyncio.run(ask())

@@ -53,6 +53,8 @@ def parse_body(
 ) -> tuple[Model, list[str]]:
     """`read_body` without the transport."""
     try:
+        if not body.isascii():
+            body.decode()  # what stays undecoded below is not looked at otherwise
         # Only the top level: the values stay undecoded bytes, so this costs no memory. pydantic alone would accept NaN
         # in fields it ignores and does not say which fields those are.
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -116,6 +118,9 @@ def _is_neutral(raw: msgspec.Raw, neutral: Sequence[object]) -> bool:
     text = bytes(raw)
     if len(text) > _MAX_NEUTRAL_BYTES:
         return False
-    value = msgspec.json.decode(text)
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        raise BadRequest("The body is not valid JSON.") from None
     # The types too: in Python, 0 == False and 1 == True.
     return value is None or any(value == each and type(value) is type(each) for each in neutral)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -226,6 +227,22 @@ def test_neutral_is_compared_with_its_type() -> None:
     for value in (0, 0.0, "", []):
         with pytest.raises(UnsupportedParameter):
             parse_chat(use_beam_search=value)
+
+
+@pytest.mark.parametrize("name", ["prompt_logprobs", "foo", "prompt"])
+@pytest.mark.parametrize("value", [rb'"+\xfb?"', rb'"\ud800"', rb'"\x"', b"-", b"1e", b"[1,]", b"NaN", b"{1: 2}"])
+def test_what_is_not_json_is_refused_wherever_it_stands(name: str, value: bytes) -> None:
+    value = value.replace(rb"\xfb", b"\xfb")
+    with pytest.raises(ApiError) as caught:
+        parse_body(b'{"prompt": "x", "%s": %s}' % (name.encode(), value), CompletionRequest, completion.UNSUPPORTED)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("name", ["prompt_logprobs", "foo"])
+@pytest.mark.parametrize("value", [b"1e999", b"9" * 60])
+def test_numbers_out_of_range_are_values_as_others(name: str, value: bytes) -> None:
+    with suppress(ApiError):
+        parse_body(b'{"prompt": "x", "%s": %s}' % (name.encode(), value), CompletionRequest, completion.UNSUPPORTED)
 
 
 def test_unread_fields_are_reported() -> None:

@@ -46,7 +46,8 @@ class GrammarChecker:
         self._idle: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         """Of the two lists."""
-        self.close = weakref.finalize(self, _end, self._executor, self._processes)
+        self._closed = threading.Event()
+        self.close = weakref.finalize(self, _end, self._executor, self._processes, self._lock, self._closed)
         """End the processes; happens by itself when nobody refers to the checker."""
 
     async def check(self, grammar: Grammar, param: str) -> None:
@@ -91,6 +92,8 @@ class GrammarChecker:
 
     def _take(self) -> subprocess.Popen[bytes]:
         with self._lock:
+            if self._closed.is_set():
+                raise RuntimeError("the grammar checker is closed")
             if self._idle:
                 return self._idle.pop()
             command = [sys.executable, "-m", "scheduler.grammar_worker", str(self._tokenizer_path)]
@@ -116,13 +119,20 @@ def _told(verdict: str, grammar: Grammar) -> str:
     return _OWN_PLACE.sub("", verdict)
 
 
-def _end(executor: ThreadPoolExecutor, processes: list[subprocess.Popen[bytes]]) -> None:
+def _end(
+    executor: ThreadPoolExecutor,
+    processes: list[subprocess.Popen[bytes]],
+    lock: threading.Lock,
+    closed: threading.Event,
+) -> None:
     executor.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
-        process.wait()
-        _close_pipes(process)
-    processes.clear()
+    with lock:
+        closed.set()  # else a thread that waits for one of them would replace it
+        for process in processes:
+            process.kill()
+            process.wait()
+            _close_pipes(process)
+        processes.clear()
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:

@@ -313,7 +313,7 @@ class FrontEnd:
         assert stream.ended
         pending: Delta | None = stream._pending
         assert pending is not None
-        assert pending.finished is not None
+        assert (pending.finished or stream._end) is not None  # behind log-probabilities that wait
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 from model.batch import ForwardBatch
 from model.checkpoint import open_checkpoint
 from model.config import load_config
+from model.latent_cache import LatentCache
 from model.ops.eager.ops import EagerOps
 from model.runner import ModelRunner, _memory_beside_steps, load_runner
 from tests.checkpoints import make_checkpoint
@@ -42,10 +43,12 @@ def test_the_largest_steps_need_no_pool(tmp_path: Path, steps: Steps, monkeypatc
     steps.clear()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7000 + len(steps), 9000))
     checkpoint = open_checkpoint(path, load_config(path))
-    assert _memory_beside_steps(model, checkpoint, 900, 6, 100) == 7002, "asked before both steps have run"
+    config = model.config
+    cache = LatentCache(1, config.num_hidden_layers, config.latent_dim, torch.float32)
+    assert _memory_beside_steps(model, checkpoint, cache, 900, 6, 100) == 7002, "asked before both steps have run"
     assert steps == [(1, [(799, 100)]), (1, [(1, 1)] * 6)]
     steps.clear()
-    assert _memory_beside_steps(model, checkpoint, 90, 6, 100) == 7002
+    assert _memory_beside_steps(model, checkpoint, cache, 90, 6, 100) == 7002
     assert steps[0] == (1, [(0, 89)])
 
 

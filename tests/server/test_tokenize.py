@@ -135,7 +135,7 @@ def test_special_tokens_and_broken_characters() -> None:
 @pytest.mark.parametrize("token", [-1, 10**6, 2**31, True, 1.5, "x"])
 def test_ids_that_are_none(token: Any) -> None:
     answer = ask("/detokenize", {"tokens": [5, token]})
-    assert (answer.status, answer.error["param"]) == (400, "tokens" if token == 10**6 else "tokens[1]")
+    assert (answer.status, answer.error["param"]) == (400, "tokens[1]")
 
 
 def test_tokenizer_info() -> None:

@@ -49,8 +49,9 @@ ENGINE_DEAD = Finished(
     code="engine_dead",
     message="The server had an error while processing your request.",
 )
-OVERRUN = Finished(reason=FinishReason.ABORT, code="slow_reader")
 """How every open stream ends when the engine dies. The text is fixed: what happened is for the log, not for clients."""
+OVERRUN = Finished(reason=FinishReason.ABORT, code="slow_reader")
+"""How the stream of a reader ends who lets too many log-probabilities gather."""
 
 
 class EngineState(enum.StrEnum):

@@ -277,7 +277,7 @@ class EngineClient:
                 self.unknown_ids += 1
             else:
                 stream.push(token_ids, logprobs=output.logprobs.get(request_id))
-                if stream.is_overrun:
+                if stream.is_overrun and not stream.ended:
                     stream.push([], finished=OVERRUN)
                     self.abort(request_id)
         for request_id, finished in output.finished.items():

@@ -18,7 +18,7 @@ from server.errors import BadRequest
 from server.streams import RequestStream
 from server.supervisor import Supervisor
 from tests.scheduler.fake_engine import COMMAND, expected_tokens
-from tests.server.test_engine_client import add_request
+from tests.server.engine_streams import add_request
 
 PAUSES = (0.0,) * 1000
 STALL_SECONDS = 2.0

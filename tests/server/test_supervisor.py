@@ -21,8 +21,8 @@ from server.engine_client import ENGINE_DEAD, EngineStartError, EngineState
 from server.errors import BadRequest, Unavailable
 from server.supervisor import Supervisor
 from tests.scheduler.fake_engine import COMMAND, expected_tokens
+from tests.server.engine_streams import add_request, read, until
 from tests.server.supervision_storm import SupervisionStorm
-from tests.server.test_engine_client import add_request, read, until
 
 Scenario = Callable[[Supervisor, "asyncio.Task[None]"], Coroutine[Any, Any, None]]
 

@@ -266,7 +266,8 @@ def as_api_error(exc: Exception, request_id: str) -> ApiError:
         case HTTPException(status_code=404):
             return NotFound("This path does not exist here.")
         case HTTPException(status_code=405):
-            return MethodNotAllowed((exc.headers or {}).get("Allow", "another method"))
+            allow = (exc.headers or {}).get("Allow", "another method")
+            return MethodNotAllowed("GET, HEAD" if allow == "GET" else allow)  # see RequestMiddleware
         case HTTPException(status_code=status) if status < 500:
             return BadRequest("The request could not be understood.")
     return InternalError(f"The server failed on this request. Its id is {request_id}.")

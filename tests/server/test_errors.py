@@ -89,7 +89,8 @@ def test_unknown_path_and_method() -> None:
     refused = ask("GET", "/v1/completions")
     assert (refused.status, refused.headers["allow"]) == (405, "POST")
     assert refused.error["type"] == "invalid_request_error"
-    assert ask("DELETE", "/v1/models").headers["allow"] == "GET"
+    assert ask("DELETE", "/v1/models").headers["allow"] == "GET, HEAD"
+    assert ask("HEAD", "/v1/models").status == 200
 
 
 def test_unknown_model() -> None:

@@ -124,10 +124,12 @@ private:
                               latentd::likely_next(index) / parts, scratch[latentd::thread_index()]);
             });
         };
+        latentd::fetch_while_waiting(step.value.all());
         by_head(&AbsorbedAttention::absorb);
         latentd::parallel_for(jobs, [&](int64_t index) {
             attend_split(step, jobs_[index], scratch[latentd::thread_index()]);
         });
+        latentd::fetch_while_waiting(latentd::next_call);
         by_head(&AbsorbedAttention::finish);
     }
 

@@ -28,6 +28,8 @@ struct HeadWeight {
         return data + (head * latentd::panels(n) + first / COLUMNS) * latentd::panel_bytes(format, k);
     }
 
+    latentd::Soon all() const { return {data, heads * latentd::panels(n) * latentd::panel_bytes(format, k)}; }
+
     // Rows x [count, k], ldx apart, for a product with a panel, or, but of LATENTD_INT8_INPUTS, with any. `space`
     // [count, groups of k] is where they go unless they serve as they are.
     Rows encode(const bf16* x, int64_t ldx, int64_t count, const uint8_t* panel, QuantisedGroup* space) const {

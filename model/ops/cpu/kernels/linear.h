@@ -68,6 +68,7 @@ inline void linear(latentd_format format, const bf16* x, int64_t ldx, const void
     int64_t panels = latentd::panels(n), panel_bytes = latentd::panel_bytes(format, k);
     int64_t job_panels = row_jobs > 1 ? 1 : latentd::panels_a_job(panels, panel_bytes, latentd::num_threads);
     int64_t column_jobs = (panels + job_panels - 1) / job_panels;
+    latentd::fetch_while_waiting(latentd::next_call);
     latentd::parallel_for(column_jobs * row_jobs, [=](int64_t job) {
         int64_t first_panel = job / row_jobs * job_panels, first_row = job % row_jobs * job_rows;
         int64_t some = m - first_row < job_rows ? m - first_row : job_rows;

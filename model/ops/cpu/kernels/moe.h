@@ -157,10 +157,12 @@ struct Moe {
     // First phase: 64 columns of an expert's gate and the same of its up for up to ROWS_A_JOB rows. The shared MLP,
     // which has the most rows, comes first: the small jobs fill the gaps at the end.
     void compute_hidden(int64_t jobs) const {
+        if (const char* down = next_down(-1, 0))
+            latentd::fetch_while_waiting({down, panels(shape.d) * panel_bytes(format, shape.width)});
         latentd::parallel_for(jobs, [&](int64_t index) {
             int64_t job = jobs - 1 - index;
             const Expert& expert = expert_of(job);
-            int64_t first_panel = (job - expert.first_job) / ranges(expert) * job_panels;
+            int64_t first_panel = first_panel_of(job, expert);
             int64_t stop_panel = first_panel + job_panels;
             stop_panel = stop_panel < panels(expert.width) ? stop_panel : panels(expert.width);
             int64_t start = (job - expert.first_job) % ranges(expert) * ROWS_A_JOB;
@@ -186,6 +188,7 @@ struct Moe {
         int64_t size = (shape.tokens + wanted - 1) / wanted;
         size = size > MIN_TOKENS_A_JOB ? size : MIN_TOKENS_A_JOB;
         int64_t token_ranges = (shape.tokens + size - 1) / size;
+        latentd::fetch_while_waiting(latentd::next_call);
         latentd::parallel_for(column_jobs * token_ranges, [&](int64_t job) {
             int64_t first_panel = job / token_ranges * some, start = job % token_ranges * size;
             int64_t stop_panel = first_panel + some < all ? first_panel + some : all;
@@ -215,7 +218,12 @@ private:
     // The first panel of a job of the first phase.
     const char* gate_of(int64_t job) const {
         const Expert& expert = expert_of(job);
-        return gate_panel(expert, (job - expert.first_job) / ranges(expert) * job_panels);
+        return gate_panel(expert, first_panel_of(job, expert));
+    }
+
+    // Jobs are taken from the last to the first, panels from the first to the last.
+    int64_t first_panel_of(int64_t job, const Expert& expert) const {
+        return (column_jobs(expert) - 1 - (job - expert.first_job) / ranges(expert)) * job_panels;
     }
 
     void hidden_panel(const Expert& expert, int64_t panel, const char* next, int64_t start, int64_t stop) const {

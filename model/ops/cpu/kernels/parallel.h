@@ -28,6 +28,19 @@ inline void parallel_for(int64_t jobs, const Job& job) {
 // The job of a region that this thread does after `job`, likely: where all jobs are alike, threads take them in turn.
 inline int64_t likely_next(int64_t job) { return job + num_threads; }
 
+// Memory that is read soon. Threads that have no job, or wait for the end of others', bring it into the caches meanwhile:
+// memory would rest while one thread computes, and while the last job of a region is done.
+struct Soon {
+    const void* from = nullptr;
+    int64_t bytes = 0;
+};
+
+// Instead of what was named before; more than a part of a cache is not fetched.
+void fetch_while_waiting(Soon soon);
+
+// What the call after this one reads first: `replay` knows.
+extern thread_local Soon next_call;
+
 // So few rows of cheap work are done by the caller alone: waking another thread would take longer.
 constexpr int64_t SMALL_ROWS = 16;
 

@@ -128,6 +128,7 @@ inline void router(const latentd_router_shape* shape, const uint16_t* x, int64_t
     int64_t stride = 3 * router_stride(shape->experts);
     int64_t parts = (shape->experts + EXPERTS_A_JOB - 1) / EXPERTS_A_JOB;
     int64_t ranges = (tokens + latentd::SMALL_ROWS - 1) / latentd::SMALL_ROWS;
+    latentd::fetch_while_waiting(latentd::next_call);
     latentd::parallel_for(ranges * parts, [&](int64_t job) {
         int64_t first = job % parts * EXPERTS_A_JOB;
         int64_t count = EXPERTS_A_JOB < shape->experts - first ? EXPERTS_A_JOB : shape->experts - first;

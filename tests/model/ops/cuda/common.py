@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +25,18 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 class poisoned:  # noqa: N801, a verb
-    """Within it, `torch.empty` gives NaN and -1: what a kernel does not write shows."""
+    """Within it, `torch.empty` and `torch.empty_like` give NaN and -1: what a kernel does not write shows."""
 
     def __enter__(self) -> None:
-        self._empty = torch.empty
-
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = self._empty(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-
-        torch.empty = empty  # type: ignore[assignment]
+        self._makers = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+        for name, make in self._makers.items():
+            setattr(torch, name, partial(_poison, make))
 
     def __exit__(self, *_: object) -> None:
-        torch.empty = self._empty
+        for name, make in self._makers.items():
+            setattr(torch, name, make)
+
+
+def _poison(make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    tensor = make(*args, **kwargs)
+    return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,13 +19,15 @@ from model.ops.cuda.ops import CudaOps
 from model.ops.interface import Network
 from tests.checkpoints import make_checkpoint
 from tests.model.harness import load_model
-from tests.model.ops.cuda.common import DEVICE
+from tests.model.ops.cuda.common import DEVICE, poisoned
 from tests.model.test_ops_eager import step_of
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="graphs are captured there, not looked into")
 
-HOST_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+HOST_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal", "bincount")
 """Operations whose result the host reads."""
+HOST_READS = ("item", "tolist", "numpy", "cpu", "__array__")
+"""Of a tensor: on a CPU some of them are no operation."""
 
 
 class CaptureList(TorchDispatchMode):
@@ -35,6 +38,17 @@ class CaptureList(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self._refused = HOST_WAITS if uploads else (*HOST_WAITS, "lift_fresh")
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> CaptureList:
+        for name in HOST_READS:
+            self._patch.setattr(torch.Tensor, name, partial(_refuse, name))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.undo()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,6 +59,10 @@ class CaptureList(TorchDispatchMode):
             assert not any(index is not None and index.dtype == torch.bool for index in args[1]), name
         self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def _refuse(name: str, *_: object) -> None:
+    raise AssertionError(name)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +94,32 @@ def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, C
     hidden, logits = compute(step, cache)
     replayed = ops.recorded(compute, config)
     replayed(before, other)  # leaves its rows in the buffers
-    found_hidden, found_logits = replayed(step, other)
+    with poisoned():
+        found_hidden, found_logits = replayed(step, other)
     torch.testing.assert_close(found_hidden, hidden, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found_logits, logits, rtol=1e-4, atol=1e-4)
     lines = torch.arange(12 * config.num_hidden_layers * BLOCK_SIZE)
     torch.testing.assert_close(other.read(lines), cache.read(lines), rtol=1e-4, atol=1e-4)
     one = replace(step, sample_index=torch.tensor([1]))
     torch.testing.assert_close(replayed(one, other)[1], logits[1:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_its_neighbours(network: tuple[Network, CudaOps, Any], fp8: bool) -> None:
+    """To the last bit, in steps of one size, through the whole network; some of them are padding."""
+    compute, ops, config = network
+    replayed = ops.recorded(compute, config)
+    step, cache = decoding([70, 1, 200, 5], config, fp8)
+    before, own = cache.data.clone(), cache.data[step.block_tables[0, :2]]
+    expected = [found[0].clone() for found in replayed(step, cache)]
+    for neighbours in ([130, 64], [9, 9, 9]):
+        step, _ = decoding([70, *neighbours], config)
+        step.token_ids[1:] += 50
+        cache.data.copy_(before)
+        cache.data[step.block_tables[0, :2]] = own
+        for found, alike in zip(replayed(step, cache), expected, strict=True):
+            assert torch.equal(found[0], alike)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -101,6 +138,9 @@ def test_the_host_waits_for_nothing(
     assert captured.names.count("linear") >= 2 * 3  # it looked at the whole network
     with pytest.raises(AssertionError, match="lift_fresh"), CaptureList():
         compute(step, cache)
+    for name in HOST_READS:
+        with pytest.raises(AssertionError, match=name), CaptureList():
+            getattr(step.positions, name)()
 
 
 def test_steps_that_are_not_replayed(network: tuple[Network, CudaOps, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_mla_decode(heads: int, rows: list[tuple[int, int]], dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory", [227 << 10, 99 << 10])
-@pytest.mark.parametrize(("heads", "rows"), [(16, RAGGED), (3, MIXED)])
+@pytest.mark.parametrize(("heads", "rows"), [(16, RAGGED), (3, MIXED), (64, RAGGED[1:3]), (128, [(1, 65), (2, 140)])])
 def test_latents_in_8_bits(
     heads: int, rows: list[tuple[int, int]], memory: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +118,10 @@ def test_widths_that_are_no_powers_of_two(fp8: bool) -> None:
     assert relative_error(case.found(split_pages=1), case.exact()) < TOLERANCE[torch.float32]
 
 
-def test_padding_gets_zeros_and_changes_nothing() -> None:
-    case = Case(16, 32, 16, RAGGED[:4], torch.float32)
-    padded = Case(16, 32, 16, RAGGED[:4], torch.float32, padding=3)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_padding_gets_zeros_and_changes_nothing(fp8: bool) -> None:
+    case = Case(16, 32, 16, RAGGED[:4], torch.float32, fp8=fp8)
+    padded = Case(16, 32, 16, RAGGED[:4], torch.float32, padding=3, fp8=fp8)
     padded.q_latent, padded.q_rope = (
         torch.cat((x, torch.full_like(x[:3], torch.nan))) for x in (case.q_latent, case.q_rope)
     )
@@ -129,9 +130,10 @@ def test_padding_gets_zeros_and_changes_nothing() -> None:
     assert torch.equal(found[:-3], case.found(split_pages=2))
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    together = Case(16, 32, 16, [*RAGGED, (4, 300)], torch.float16)
-    alone = Case(16, 32, 16, [*RAGGED, (4, 300)], torch.float16)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours(fp8: bool) -> None:
+    together = Case(16, 32, 16, [*RAGGED, (4, 300)], torch.float16, fp8=fp8)
+    alone = Case(16, 32, 16, [*RAGGED, (4, 300)], torch.float16, fp8=fp8)
     alone.queries, alone.contexts, alone.tables = [4], [300], together.tables[-1:]
     alone.query_start = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
     alone.q_latent, alone.q_rope, alone.tokens = together.q_latent[-4:], together.q_rope[-4:], 4

@@ -63,7 +63,7 @@ def widened(weights: SwigluWeights) -> SwigluWeights:
 @pytest.mark.parametrize("num_shared", [0, 2])
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 def test_moe(tokens: int, num_shared: int, dtype: torch.dtype) -> None:
-    """One token is not sorted; of six and more, some experts get several blocks, and some none."""
+    """Up to 32 pairs are not sorted; of 40 tokens some experts get several blocks, and some none."""
     routing = routing_of(tokens, 3, hot=tokens > 6)
     experts = swiglu(EXPERTS, width=WIDTH, dtype=dtype, seed=1)
     shared = swiglu(width=num_shared * WIDTH, dtype=dtype, seed=3) if num_shared else None
@@ -101,7 +101,9 @@ def test_padding_tokens_touch_nothing(tokens: int) -> None:
 def test_silu_mul(dtype: torch.dtype) -> None:
     gate_up = randn(3, 2 * 1100, dtype=dtype)
     gate, up = gate_up.float().chunk(2, dim=1)
-    assert relative_error(kernels.silu_mul(gate_up), F.silu(gate) * up) < TOLERANCE[dtype]
+    with poisoned():
+        found = kernels.silu_mul(gate_up)
+    assert relative_error(found, F.silu(gate) * up) < TOLERANCE[dtype]
 
 
 def test_every_size_of_step_has_a_tile() -> None:
@@ -114,4 +116,6 @@ def test_every_size_of_step_has_a_tile() -> None:
     x, residual = randn(14, HIDDEN, seed=7), torch.zeros(14, HIDDEN, device=DEVICE)
     exact = EagerOps().moe(x, Routing(routing.experts.long(), routing.weights), experts, None, residual)
     for tile in tiles:
-        assert relative_error(kernels.moe(x, routing, experts, None, residual, tile), exact) < TOLERANCE[torch.float32]
+        with poisoned():
+            found = kernels.moe(x, routing, experts, None, residual, tile)
+        assert relative_error(found, exact) < TOLERANCE[torch.float32]

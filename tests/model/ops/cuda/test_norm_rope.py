@@ -13,7 +13,7 @@ from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
 from model.ops.eager.ops import EagerOps
 from model.rotary import Rotation
-from tests.model.ops.cuda.common import DEVICE, DTYPES, TOLERANCE, randn, relative_error
+from tests.model.ops.cuda.common import DEVICE, DTYPES, TOLERANCE, poisoned, randn, relative_error
 
 EAGER = EagerOps()
 
@@ -25,7 +25,8 @@ def test_rms_norm(rows: int, width: int, stride: int, dtype: torch.dtype) -> Non
     x[0] *= 1e-3  # so that eps counts
     weight = randn(width, seed=2, dtype=dtype)
     exact = EAGER.rms_norm(x.float(), weight.float(), 1e-6)
-    found = rms_norm(x, weight, 1e-6)
+    with poisoned():
+        found = rms_norm(x, weight, 1e-6)
     assert found.dtype == dtype
     assert relative_error(found, exact) < TOLERANCE[dtype]
     assert relative_error(found[0], exact[0]) < TOLERANCE[dtype]
@@ -61,7 +62,8 @@ def test_rope_and_cache(heads: int, rank: int, rope: int, fp8: bool, dtype: torc
         exact,
         layer,
     )
-    found = rope_and_cache(q[..., nope:], kv, norm_weight, 1e-6, rotation, slots, cache, layer)
+    with poisoned():
+        found = rope_and_cache(q[..., nope:], kv, norm_weight, 1e-6, rotation, slots, cache, layer)
     assert torch.equal(q[..., :nope], untouched[..., :nope])
     assert relative_error(found[written], turned) < TOLERANCE[dtype]
     for one in range(layers):

@@ -11,7 +11,7 @@ from model.config import DeepseekConfig
 from model.ops.cuda.router import router
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Routing
-from tests.model.ops.cuda.common import DEVICE, randn
+from tests.model.ops.cuda.common import DEVICE, poisoned, randn
 from tests.model.test_ops_eager import CONFIG
 
 V2_LITE = replace(CONFIG, n_routed_experts=64, num_experts_per_tok=6)
@@ -53,7 +53,8 @@ def test_router(config: DeepseekConfig) -> None:
     bias = None
     if config.topk_method == "noaux_tc":
         bias = randn(config.n_routed_experts, seed=3) * 0.2 - 1.0  # below zero: a dropped expert must not win
-    found = router(x, weight, bias, config)
+    with poisoned():
+        found = router(x, weight, bias, config)
     exact = EagerOps().router(x, weight, bias, config)
     assert found.experts.shape == exact.experts.shape
     experts = config.n_routed_experts
@@ -65,5 +66,6 @@ def test_equal_scores_and_no_scores_choose_the_first_experts(config: DeepseekCon
     x = torch.zeros(2, config.hidden_size, device=DEVICE)
     x[1] = torch.nan
     weight = randn(config.n_routed_experts, config.hidden_size, seed=2)
-    found = router(x, weight, None, config).experts
+    with poisoned():
+        found = router(x, weight, None, config).experts
     assert found.tolist() == [list(range(config.num_experts_per_tok))] * 2

@@ -132,8 +132,7 @@ def run_engine(
         return fail(EXIT_FAILURE, EngineFailed(kind="load", message=f"{type(error).__name__}: {one_line(error)}"))
 
     outbox = Outbox(channel)
-    overlap = runner.overlaps and config.speculative == "off"
-    engine = Engine(scheduler, runner, grammars, reader.inbox, outbox, overlap)
+    engine = Engine(scheduler, runner, grammars, reader.inbox, outbox, runner.overlaps)
     reader.accept_requests(scheduler, grammars, runner.vocab_size)
     channel.send(_describe(config, runner, time.monotonic() - started))
     writer = threading.Thread(target=write_messages, args=(channel, outbox, engine), name="writer", daemon=True)

@@ -69,7 +69,7 @@ class Engine:
         outbox: Outbox,
         overlap: bool = False,
     ) -> None:
-        """`overlap`: have a second step in flight while the tokens of the first are not known."""
+        """`overlap`: have a second step in flight while the tokens of the first are not known, except with drafts."""
         self.stats = scheduler.stats()
         """As of the last step or change; replaced, never written to, so that the writer can read it."""
         self.step = 0
@@ -83,7 +83,7 @@ class Engine:
         self._inbox = inbox
         self._outbox = outbox
         self._in_flight: deque[InFlight] = deque()
-        self._most_in_flight = 2 if overlap else 1
+        self._most_in_flight = 2 if overlap and not scheduler.speculative else 1
         self._refused: dict[str, Finished] = {}
         self._deadline: float | None = None
         """Monotonic time at which draining ends; None until `Shutdown`."""

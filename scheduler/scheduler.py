@@ -73,7 +73,7 @@ class Scheduler:
         self.make_request = RequestMaker(
             fingerprint, block_size, self.max_num_tokens, frozenset(eos_token_ids), prefix_cache, speculative
         ).make
-        self._speculative = speculative
+        self.speculative = speculative
         self._watermark = max(1, pool.num_blocks // 100) if watermark_blocks is None else watermark_blocks
 
         self._requests: dict[str, Request] = {}
@@ -186,7 +186,7 @@ class Scheduler:
         new_rows = self._admit(budget, rows, requests, now)
         if not rows:
             return None
-        if self._speculative:
+        if self.speculative:
             self._drafts.add(rows, requests, self.max_num_batched_tokens - sum([row.num_tokens for row in rows]))
         batch = ForwardBatch(self._num_scheduled_steps, rows, new_rows, self._holdings.take_released_rows())
         self._num_scheduled_steps += 1

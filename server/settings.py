@@ -114,7 +114,8 @@ class Settings(BaseSettings):
     speculative: Literal["off", "ngram"] = Field(
         "off",
         description="ngram: guess tokens that repeat the prompt or the answer, and check several in one step. Answers "
-        "stay the same; where texts repeat they come sooner.",
+        "stay the same; where texts repeat they come sooner. On a GPU steps then no longer overlap, and those with "
+        "guesses are no CUDA graphs.",
     )
     seed: int | None = Field(
         None, ge=0, lt=1 << 64, description="Makes the seeds of requests that bring none repeatable. Default: random."

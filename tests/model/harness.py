@@ -52,12 +52,20 @@ class Row:
 class Driver:
     """A cache full of NaN (whatever is read before it is written shows) and free blocks in random order."""
 
-    def __init__(self, model: DeepseekForCausalLM, num_blocks: int = NUM_BLOCKS, seed: int = 0) -> None:
+    def __init__(
+        self, model: DeepseekForCausalLM, num_blocks: int = NUM_BLOCKS, seed: int = 0, fp8_cache: bool = False
+    ) -> None:
         config = model.config
         self.model = model
         dtype = model.model.norm.weight.dtype
-        self.cache = LatentCache(num_blocks, config.num_hidden_layers, config.latent_dim, dtype)
-        self.cache.data.fill_(torch.nan)
+        self.cache = LatentCache(
+            num_blocks,
+            config.num_hidden_layers,
+            config.latent_dim,
+            dtype,
+            fp8_latents=config.kv_lora_rank if fp8_cache else 0,
+        )
+        self.cache.data.view(torch.uint8).fill_(255)  # NaN
         generator = torch.Generator().manual_seed(seed)
         self.free = torch.randperm(num_blocks, generator=generator).tolist()
 

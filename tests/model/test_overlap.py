@@ -1,4 +1,5 @@
 """Steps that are launched before the tokens of the one before are known: every request gets the text it gets alone.
+With drafts, which follow from known tokens, steps go one by one on the same device, and the text is that too.
 
 On a CPU rows and device share their memory, and a token would be known too early for the test: here they have two, as
 with a GPU, and the host's learns a step's tokens when that step is collected.
@@ -29,6 +30,7 @@ from scheduler.outbox import Outbox
 from scheduler.reader import Inbox
 from scheduler.scheduler import Scheduler
 from tests.checkpoints import make_checkpoint
+from tests.model.engine import Oracle
 from tests.scheduler.invariants import check
 
 TOKENIZER = Path(__file__).parents[2] / "model" / "builtin"
@@ -46,6 +48,8 @@ class Served:
     logprobs: dict[str, Any]
     num_preemptions: int
     most_in_flight: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class Watched:
@@ -66,7 +70,6 @@ class Watched:
         if batch.step == self._fail_at:
             self._fail_at = None
             self._runner.prepare(batch)  # as far as it came
-            self.in_flight = 0
             raise MemoryError("no room")
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -90,7 +93,9 @@ def serve(
     budget: int = 512,
     abort_at: dict[int, str] | None = None,
     fail_at: int | None = None,
+    answers: dict[str, list[int]] | None = None,
 ) -> Served:
+    """`answers`: what to draft, four tokens in five; None: no drafts."""
     runner = load_runner(
         model_dir, max_model_len=768, max_num_seqs=16, num_blocks=num_blocks, num_threads=1, progress=False
     )
@@ -104,6 +109,7 @@ def serve(
         prefix_cache=True,
         fingerprint=runner.fingerprint,
         watermark_blocks=0,
+        speculative=answers is not None,
     )
     grammars = CheckpointGrammars(model_dir / "tokenizer.json", runner.vocab_size, runner.eos_token_ids)
     inbox = Inbox()
@@ -113,7 +119,10 @@ def serve(
     for message in requests:
         if message.grammar is not None:
             grammars.add(message.request_id, message.grammar)
-        inbox.put(scheduler.make_request(message))
+        request = scheduler.make_request(message)
+        if answers is not None and request.drafter is not None:
+            request.drafter = Oracle(request.tokens, answers[request.request_id])
+        inbox.put(request)
     inbox.put(Shutdown(1000.0))
     Engine(scheduler, watched, grammars, inbox, outbox, overlap).run()
     check(scheduler)
@@ -121,12 +130,15 @@ def serve(
     assert not len(grammars)
     output = outbox.take(0)
     assert output is not None
+    stats = scheduler.stats()
     return Served(
         dict(zip(output.request_ids, output.token_ids, strict=True)),
         output.finished,
         output.logprobs,
-        scheduler.stats().num_preemptions,
+        stats.num_preemptions,
         watched.most_in_flight,
+        stats.draft_tokens,
+        stats.accepted_tokens,
     )
 
 
@@ -174,12 +186,23 @@ def plain(model_dir: Path, requests: list[AddRequest]) -> Served:
     return served
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "drafts"])
+def answers(request: pytest.FixtureRequest, plain: Served) -> dict[str, list[int]] | None:
+    return plain.tokens if request.param else None
+
+
+def check_steps(served: Served, answers: dict[str, list[int]] | None) -> None:
+    """Two in flight without drafts; with them one, and some are right and some wrong."""
+    assert served.most_in_flight == (2 if answers is None else 1)
+    assert answers is None or 5 < served.accepted_tokens < served.draft_tokens - 5
+
+
 @pytest.mark.parametrize("budget", [512, 48])
 def test_the_text_is_that_of_steps_one_by_one(
-    model_dir: Path, requests: list[AddRequest], plain: Served, budget: int
+    model_dir: Path, requests: list[AddRequest], plain: Served, answers: dict[str, list[int]] | None, budget: int
 ) -> None:
-    served = serve(model_dir, requests, overlap=True, budget=budget)
-    assert served.most_in_flight == 2
+    served = serve(model_dir, requests, overlap=True, budget=budget, answers=answers)
+    check_steps(served, answers)
     assert served.tokens == plain.tokens
     assert served.finished == plain.finished
     assert served.logprobs.keys() == plain.logprobs.keys()
@@ -188,17 +211,23 @@ def test_the_text_is_that_of_steps_one_by_one(
         np.testing.assert_allclose(column.logprobs, plain.logprobs[request_id].logprobs, atol=1e-4)
 
 
-def test_preempted_for_want_of_blocks(model_dir: Path, requests: list[AddRequest], plain: Served) -> None:
-    served = serve(model_dir, requests, overlap=True, num_blocks=13)
+def test_preempted_for_want_of_blocks(
+    model_dir: Path, requests: list[AddRequest], plain: Served, answers: dict[str, list[int]] | None
+) -> None:
+    served = serve(model_dir, requests, overlap=True, num_blocks=13, answers=answers)
+    check_steps(served, answers)
     assert served.num_preemptions > 0
     assert served.tokens == plain.tokens
 
 
 def test_an_abort_takes_effect_between_steps_and_changes_nobody_else(
-    model_dir: Path, requests: list[AddRequest], plain: Served
+    model_dir: Path, requests: list[AddRequest], plain: Served, answers: dict[str, list[int]] | None
 ) -> None:
     longest = sorted(plain.tokens, key=lambda request_id: -len(plain.tokens[request_id]))[:3]
-    served = serve(model_dir, requests, overlap=True, abort_at={5 + i: r for i, r in enumerate(longest)})
+    first = 5 if answers is None else 2  # with drafts they need fewer steps
+    abort_at = {first + i: request_id for i, request_id in enumerate(longest)}
+    served = serve(model_dir, requests, overlap=True, abort_at=abort_at, answers=answers)
+    check_steps(served, answers)
     for request_id, tokens in plain.tokens.items():
         own = served.tokens[request_id]
         assert own == tokens[: len(own)]
@@ -211,9 +240,10 @@ def test_an_abort_takes_effect_between_steps_and_changes_nobody_else(
 
 @pytest.mark.parametrize("fail_at", [1, 4, 9])
 def test_a_launch_that_runs_out_of_memory_costs_one_request(
-    model_dir: Path, requests: list[AddRequest], plain: Served, fail_at: int
+    model_dir: Path, requests: list[AddRequest], plain: Served, answers: dict[str, list[int]] | None, fail_at: int
 ) -> None:
-    served = serve(model_dir, requests, overlap=True, fail_at=fail_at)
+    served = serve(model_dir, requests, overlap=True, fail_at=fail_at, answers=answers)
+    check_steps(served, answers)
     failed = [request_id for request_id, end in served.finished.items() if end.code == "out_of_memory"]
     assert len(failed) == 1
     for request_id, tokens in plain.tokens.items():

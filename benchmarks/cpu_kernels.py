@@ -89,12 +89,11 @@ def linears(kernels: Library, format: Format, rows: list[int]) -> Iterator[Case]
 
 
 def moes(kernels: Library, format: Format, rows: list[int]) -> Iterator[Case]:
-    gate_up_bytes, down_bytes = kernels.packed_bytes(format, WIDTH, D), kernels.packed_bytes(format, D, WIDTH)
-    expert = 2 * gate_up_bytes + down_bytes
+    expert = kernels.packed_bytes(format, 2 * WIDTH, D) + kernels.packed_bytes(format, D, WIDTH)
     layers = max(2, COLD_BYTES // (EXPERTS * expert))
-    gate_ups = packed(kernels, format, layers * EXPERTS * 2, WIDTH, D).view(layers, EXPERTS * 2, -1)
+    gate_ups = packed(kernels, format, layers * EXPERTS, 2 * WIDTH, D).view(layers, EXPERTS, -1)
     downs = packed(kernels, format, layers * EXPERTS, D, WIDTH).view(layers, EXPERTS, -1)
-    shared_gate_ups = packed(kernels, format, layers * 2, SHARED_WIDTH, D).view(layers, 2, -1)
+    shared_gate_ups = packed(kernels, format, layers, 2 * SHARED_WIDTH, D)
     shared_downs = packed(kernels, format, layers, D, SHARED_WIDTH)
     for m in rows:
         x = torch.randn(m, D).bfloat16()

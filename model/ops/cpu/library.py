@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.ops.cpu.build import LIBRARY, X86_64
 
-ABI = 6
+ABI = 7
 """LATENTD_ABI of the library that this file describes."""
 
 ISAS = (*X86_64, "portable")
@@ -309,6 +309,13 @@ class Library:
             *(format, x.data_ptr(), x.stride(0), *x.shape, width, gate_up.data_ptr(), down.data_ptr()),
             *(_pointer(residual), y.data_ptr(), workspace.data_ptr()),
         )
+
+
+def in_turn(gate: Tensor, up: Tensor) -> Tensor:
+    """[..., I, D] each -> [..., 2I, D], as `moe` and `mlp` want it packed: 32 rows of gate, the same of up, and on."""
+    *leading, width, hidden = gate.shape
+    halves = [half.reshape(*leading, width // 32, 32, hidden) for half in (gate, up)]
+    return torch.stack(halves, -3).reshape(*leading, 2 * width, hidden)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -13,7 +13,7 @@ from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.large_pages import LargePages
 from model.latent_cache import BLOCK_SIZE, LatentCache
-from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
+from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape, in_turn
 from model.ops.cpu.replay import Recorder, Replay, StepRows
 from model.ops.interface import LatentWeights, LinearWeight, Mlp, Network, PackedWeight, Routing, SwigluWeights
 from model.rotary import Rotation
@@ -74,14 +74,13 @@ class CpuOps:
         return self.pack_experts(1, [mlp])
 
     def pack_experts(self, number: int, experts: Iterable[Mlp]) -> SwigluWeights:
-        # Gate and up are packed each by itself, so that their columns lie in blocks of their own.
         gate_up, down = None, None
         for i, expert in enumerate(experts):
+            both = in_turn(expert.gate, expert.up)
             if gate_up is None or down is None:
-                gate_up = self._empty(2 * number, expert.gate, self._format)
+                gate_up = self._empty(number, both, self._format)
                 down = self._empty(number, expert.down, self._format)
-            self._library.pack(self._format, expert.gate, gate_up.data[2 * i])
-            self._library.pack(self._format, expert.up, gate_up.data[2 * i + 1])
+            self._library.pack(self._format, both, gate_up.data[i])
             self._library.pack(self._format, expert.down, down.data[i])
         assert gate_up is not None
         assert down is not None

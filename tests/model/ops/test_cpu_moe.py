@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import DeepseekConfig
 from model.latent_cache import BLOCK_SIZE, LatentCache
-from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape
+from model.ops.cpu.library import AttentionShape, Format, Library, RouterShape, in_turn
 from model.ops.eager.ops import EagerOps
 from model.ops.interface import Routing, SwigluWeights, unpacked
 from model.rotary import Rotation
@@ -211,7 +211,8 @@ def packed(kernels: Library, weights: SwigluWeights, format: Format = Format.BF1
 
     width = down.shape[-1]
     down = down.reshape(-1, *down.shape[-2:])
-    return Packed(format, len(down), width, pack(gate_up.reshape(-1, width, gate_up.shape[-1])), pack(down))
+    gate_up = in_turn(*gate_up.reshape(len(down), 2, width, -1).unbind(1))
+    return Packed(format, len(down), width, pack(gate_up), pack(down))
 
 
 def moe(

@@ -10,7 +10,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)  // all else stays inside the library
 
-#define LATENTD_ABI 6
+#define LATENTD_ABI 7
 
 // INT8_INPUTS: the numbers of INT8 of the transposed weight, whose scales are multiplied into the activations.
 typedef enum { LATENTD_BF16 = 0, LATENTD_INT8 = 1, LATENTD_INT4 = 2, LATENTD_INT8_INPUTS = 3 } latentd_format;
@@ -95,8 +95,8 @@ void latentd_router(const latentd_router_shape* shape, const uint16_t* x, int64_
                     const float* weight, const float* bias, int32_t* experts, float* weights, void* workspace);
 
 // y [T, D] = sum of each token's weighted experts, plus the shared MLP where shared_width is not 0, plus residual where
-// it is not NULL (y may be residual). Experts one behind the other: gate_up is two packed weights [I, D] each (gate
-// first), down one packed [D, I].
+// it is not NULL (y may be residual). Experts one behind the other: gate_up is one packed weight [2 I, D], 32 rows
+// of gate and the same 32 of up in turn, down one packed [D, I].
 size_t latentd_moe_workspace(int64_t tokens, int64_t d, int64_t width, int64_t experts, int64_t per_token,
                              int64_t shared_width);
 void latentd_moe(latentd_format format, const uint16_t* x, int64_t ldx, int64_t tokens, int64_t d, int64_t width,

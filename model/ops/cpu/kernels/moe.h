@@ -17,6 +17,7 @@ using latentd::panels;
 using latentd::panels_a_job;
 
 constexpr int64_t ROWS_AT_ONCE = 48;    // their 64 columns of gate and up stay in the nearest cache
+constexpr int64_t HALF = PANEL / 2;     // rows of gate, then as many of up, are a panel
 constexpr int64_t ROWS_A_JOB = 192;     // a multiple of it: an expert that all tokens chose is not one thread's work
 constexpr int64_t MIN_TOKENS_A_JOB = 64;
 constexpr int64_t MANY_TOKENS = 64;     // weights stay in the cache for so many: a job takes one panel
@@ -100,7 +101,7 @@ struct Moe {
         int64_t chosen_pairs = shape.tokens * shape.per_token;
         for (int64_t index = 0; index < shape.experts; index++) experts[index].rows = 0;
         for (int64_t pair = 0; pair < chosen_pairs; pair++) experts[chosen[pair]].rows++;
-        int64_t gate_up_bytes = 2 * panels(shape.width) * panel_bytes(format, shape.d);
+        int64_t gate_up_bytes = panels(2 * shape.width) * panel_bytes(format, shape.d);
         int64_t down_bytes = panels(shape.d) * panel_bytes(format, shape.width);
         int64_t first = 0, jobs = 0, wanted_panels = panels(shape.shared_width);
         for (int64_t index = 0; index < shape.experts; index++)
@@ -211,8 +212,9 @@ struct Moe {
     }
 
 private:
+    // Of the gate and up of 64 columns.
     const char* gate_panel(const Expert& expert, int64_t panel) const {
-        return expert.gate_up + panel * panel_bytes(format, shape.d);
+        return expert.gate_up + 2 * panel * panel_bytes(format, shape.d);
     }
 
     // The first panel of a job of the first phase.
@@ -227,19 +229,25 @@ private:
     }
 
     void hidden_panel(const Expert& expert, int64_t panel, const char* next, int64_t start, int64_t stop) const {
-        const char *gates = gate_panel(expert, panel), *ups = gates + panels(expert.width) * panel_bytes(format, shape.d);
-        alignas(64) float gate[ROWS_AT_ONCE * PANEL], up[ROWS_AT_ONCE * PANEL];
+        const char* weights = gate_panel(expert, panel);
+        int64_t columns = PANEL < expert.width - panel * PANEL ? PANEL : expert.width - panel * PANEL;
+        alignas(64) float products[PANEL / HALF][ROWS_AT_ONCE * PANEL];
         for (int64_t row = start; row < stop; row += ROWS_AT_ONCE) {
             int64_t count = ROWS_AT_ONCE < stop - row ? ROWS_AT_ONCE : stop - row;
             const char* from = rows + (expert.first + row) * row_bytes;
-            panel_product(format, count, from, row_bytes, gates, shape.d, gate, PANEL, ups);
-            panel_product(format, count, from, row_bytes, ups, shape.d, up, PANEL, next);
+            for (int64_t first = 0; first < columns; first += HALF) {
+                const char* half = weights + first / HALF * panel_bytes(format, shape.d);
+                panel_product(format, count, from, row_bytes, half, shape.d, products[first / HALF], PANEL,
+                              first + HALF < columns ? half + panel_bytes(format, shape.d) : next);
+            }
             for (int64_t i = 0; i < count; i++) {
                 bf16 activated[PANEL];
-                for (int64_t v = i * PANEL; v < (i + 1) * PANEL; v += LANES)
-                    store(activated + v % PANEL, silu(load(gate + v)) * load(up + v));
+                for (int64_t column = 0; column < columns; column += LANES) {
+                    const float* gate = products[column / HALF] + i * PANEL + column % HALF;
+                    store(activated + column, silu(load(gate)) * load(gate + HALF));
+                }
                 char* to = expert.hidden + (row + i) * hidden_bytes(expert);
-                encode(activated, PANEL, to + activation_bytes(format, panel * PANEL));
+                encode(activated, columns, to + activation_bytes(format, panel * PANEL));
             }
         }
     }

@@ -102,12 +102,12 @@ LATENTD_INLINE Float count_group(const GroupOfRows& group, Uint* numbers) {
 template <latentd_format FORMAT>
 inline void pack_group(const bf16* weight, int64_t rows, int64_t k, int64_t count, uint8_t* to) {
     constexpr bool HALVES = FORMAT == LATENTD_INT4;
-    bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(FORMAT));
+    bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(FORMAT, count));
     for (int64_t first = 0; first < PANEL; first += LANES) {
         GroupOfRows group = read_group(weight, rows, k, count, first);
         Uint numbers[GROUP];
         store(scales + first, count_group<FORMAT>(group, numbers));
-        for (int64_t quad = 0; quad < GROUP / 4; quad += HALVES ? 2 : 1) {
+        for (int64_t quad = 0; quad < count / 4; quad += HALVES ? 2 : 1) {
             Uint packed = {};
             for (int64_t i = 0; i < 4; i++) {
                 packed |= numbers[4 * quad + i] << uint32_t(8 * i);
@@ -118,10 +118,11 @@ inline void pack_group(const bf16* weight, int64_t rows, int64_t k, int64_t coun
     }
 }
 
-// Rows of the weight become k of the panel: each keeps its scale, and four of them lie beside each other.
+// Rows of the weight become k of the panel, as many as are left: each keeps its scale, and four of them lie beside each
+// other.
 inline void pack_inputs(const bf16* weight, int64_t rows, int64_t k, int64_t count, uint8_t* to) {
-    bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(LATENTD_INT8_INPUTS));
-    for (int64_t first = 0; first < GROUP; first += LANES) {
+    bf16* scales = reinterpret_cast<bf16*>(to + latentd::weight_bytes(LATENTD_INT8_INPUTS, rows));
+    for (int64_t first = 0; first < rows; first += LANES) {
         Uint numbers[GROUP];
         store(scales + first, count_group<LATENTD_INT8_INPUTS>(read_group(weight, rows, k, count, first), numbers));
         for (int64_t column = 0; column < PANEL; column++) {
@@ -145,8 +146,8 @@ inline void pack_transposed(const bf16* weight, int64_t n, int64_t k, uint8_t* p
     latentd::parallel_for(latentd::panels(n), [=](int64_t panel) {
         uint8_t* to = packed + panel * latentd::panel_bytes(LATENTD_INT8_INPUTS, k);
         int64_t column = panel * PANEL, columns = n - column < PANEL ? n - column : PANEL;
-        for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(LATENTD_INT8_INPUTS))
-            pack_inputs(weight + i * n + column, k - i, n, columns, to);
+        for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(LATENTD_INT8_INPUTS, GROUP))
+            pack_inputs(weight + i * n + column, k - i < GROUP ? k - i : GROUP, n, columns, to);
     });
 }
 
@@ -157,7 +158,7 @@ inline void pack(latentd_format format, const bf16* weight, int64_t n, int64_t k
         uint8_t* to = static_cast<uint8_t*>(packed) + panel * latentd::panel_bytes(format, k);
         int64_t rows = n - panel * PANEL < PANEL ? n - panel * PANEL : PANEL;
         if (format == LATENTD_BF16) return pack_pairs(from, rows, k, reinterpret_cast<bf16*>(to));
-        for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(format)) {
+        for (int64_t i = 0; i < k; i += GROUP, to += latentd::group_bytes(format, GROUP)) {
             int64_t count = k - i < GROUP ? k - i : GROUP;
             if (format == LATENTD_INT8) pack_group<LATENTD_INT8>(from + i, rows, k, count, to);
             else pack_group<LATENTD_INT4>(from + i, rows, k, count, to);

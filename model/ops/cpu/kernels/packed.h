@@ -7,7 +7,7 @@
 //         [8 i, 8 i + 4), and whose high halves are those of the next four k; then 64 bf16 scales;
 //   int8_inputs: as int8, but the 64 scales are those of the group's k. A matrix and its transpose are the same
 //         numbers so: int8 of the one has its scales where int8_inputs of the other has them.
-// The last group is filled up with weights of 0. Weights are unsigned because the instruction for bytes wants one side to be.
+// The last group has as many k as are left, 32 or 64, and all its scales. Weights are unsigned because the instruction for bytes wants one side to be.
 #pragma once
 
 #include "abi.h"
@@ -20,14 +20,14 @@ constexpr int64_t GROUP = 64;
 // The number of a group that stands for 0.
 constexpr int32_t zero_of(latentd_format format) { return format == LATENTD_INT4 ? 8 : 128; }
 
-// Of a panel's group: its weights, and with its scales.
-constexpr int64_t weight_bytes(latentd_format format) { return PANEL * GROUP / (format == LATENTD_INT4 ? 2 : 1); }
-constexpr int64_t group_bytes(latentd_format format) { return weight_bytes(format) + PANEL * 2; }
+// Of so many k of a panel, at most a group: their weights, and with their scales.
+constexpr int64_t weight_bytes(latentd_format format, int64_t k) { return PANEL * k / (format == LATENTD_INT4 ? 2 : 1); }
+constexpr int64_t group_bytes(latentd_format format, int64_t k) { return weight_bytes(format, k) + PANEL * 2; }
 
 constexpr int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }
 constexpr int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
 constexpr int64_t panel_bytes(latentd_format format, int64_t k) {
-    return format == LATENTD_BF16 ? k * PANEL * 2 : groups(k) * group_bytes(format);
+    return format == LATENTD_BF16 ? k * PANEL * 2 : weight_bytes(format, k) + groups(k) * PANEL * 2;
 }
 
 // How many neighbouring panels of `size` bytes, out of `all`, a job takes where it reads them but once: memory is read

@@ -64,35 +64,37 @@ inline void quantise(const bf16* x, int64_t k, int zero, QuantisedGroup* to) {
 
 // The same for a panel of LATENTD_INT8_INPUTS: numbers times the scales of its weights.
 inline void quantise_scaled(const bf16* x, int64_t k, const uint8_t* panel, QuantisedGroup* to) {
-    for (; k > 0; k -= GROUP, x += GROUP, to++, panel += latentd::group_bytes(LATENTD_INT8_INPUTS)) {
-        const bf16* scales = reinterpret_cast<const bf16*>(panel + latentd::weight_bytes(LATENTD_INT8_INPUTS));
+    for (; k > 0; k -= GROUP, x += GROUP, to++, panel += latentd::group_bytes(LATENTD_INT8_INPUTS, GROUP)) {
+        int64_t count = k < GROUP ? k : GROUP;
+        const bf16* scales = reinterpret_cast<const bf16*>(panel + latentd::weight_bytes(LATENTD_INT8_INPUTS, count));
         Float values[GROUP / LANES] = {};
-        for (int64_t i = 0; i < GROUP && i < k; i += LANES) values[i / LANES] = load(x + i) * load(scales + i);
+        for (int64_t i = 0; i < count; i += LANES) values[i / LANES] = load(x + i) * load(scales + i);
         quantise_group(values, latentd::zero_of(LATENTD_INT8_INPUTS), to);
     }
 }
 
 // Rows of A are lda groups apart.
 template <int ROWS, latentd_format FORMAT>
-LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups,
+LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t k,
                                float* c, int64_t ldc, bool add, Ahead ahead) {
     constexpr int VECTORS = vectors_of(2 * ROWS);
     constexpr bool BYTES = FORMAT != LATENTD_INT4;  // a weight is one, or half a one
-    constexpr int64_t WEIGHTS = latentd::weight_bytes(FORMAT);
+    constexpr int64_t LINE = 4 * PANEL, LINES = latentd::weight_bytes(FORMAT, GROUP) / LINE;
     for (int64_t first = 0; first < PANEL; first += VECTORS * LANES, ahead.lines = 0) {
         Float total[ROWS][VECTORS];
         LATENTD_UNROLL for (int row = 0; row < ROWS; row++)
             LATENTD_UNROLL for (int v = 0; v < VECTORS; v++)
                 total[row][v] = add ? load(c + row * ldc + first + v * LANES) : Float{};
         const uint8_t* from = b + 4 * first;
-        for (int64_t group = 0; group < groups; group++, from += WEIGHTS + 2 * PANEL) {
+        for (int64_t group = 0; group * GROUP < k; group++) {
+            int64_t lines = k - group * GROUP < GROUP ? LINES / 2 : LINES;
             Int sum[ROWS][VECTORS];
             for (int row = 0; row < ROWS; row++)
                 for (int v = 0; v < VECTORS; v++) sum[row][v] = Int{} + a[row * lda + group].start;
-            for (int64_t line = 0; line < WEIGHTS / (4 * PANEL); line++) {
+            for (int64_t line = 0; line < lines; line++, from += LINE) {
                 ahead.fetch();
                 Uint read[VECTORS];
-                for (int v = 0; v < VECTORS; v++) read[v] = load_as<Uint>(from + 4 * (line * PANEL + v * LANES));
+                for (int v = 0; v < VECTORS; v++) read[v] = load_as<Uint>(from + 4 * v * LANES);
                 for (int half = 0; half < (BYTES ? 1 : 2); half++)
                     for (int row = 0; row < ROWS; row++) {
                         uint32_t four;
@@ -104,7 +106,8 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
                         }
                     }
             }
-            const bf16* scales = reinterpret_cast<const bf16*>(from - 4 * first + WEIGHTS) + first;
+            const bf16* scales = reinterpret_cast<const bf16*>(from - 4 * first) + first;
+            from += 2 * PANEL;
             for (int v = 0; v < VECTORS; v++) {
                 Float scale = FORMAT == LATENTD_INT8_INPUTS ? splat(1.0f) : load(scales + v * LANES);
                 for (int row = 0; row < ROWS; row++) {
@@ -123,17 +126,17 @@ LATENTD_INLINE void group_rows(const QuantisedGroup* a, int64_t lda, const uint8
 constexpr int GROUP_ROWS = TILE_ROWS * 2 / 3;
 
 template <latentd_format FORMAT>
-inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t groups,
+inline void group_tile(int64_t rows, const QuantisedGroup* a, int64_t lda, const uint8_t* b, int64_t k,
                        float* c, int64_t ldc, bool add, Ahead ahead) {
     switch (rows) {
 #if defined(__AVX512F__)
-        case 6: group_rows<6, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 5: group_rows<5, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 6: group_rows<6, FORMAT>(a, lda, b, k, c, ldc, add, ahead); break;
+        case 5: group_rows<5, FORMAT>(a, lda, b, k, c, ldc, add, ahead); break;
 #endif
-        case 4: group_rows<4, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 3: group_rows<3, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 2: group_rows<2, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
-        case 1: group_rows<1, FORMAT>(a, lda, b, groups, c, ldc, add, ahead); break;
+        case 4: group_rows<4, FORMAT>(a, lda, b, k, c, ldc, add, ahead); break;
+        case 3: group_rows<3, FORMAT>(a, lda, b, k, c, ldc, add, ahead); break;
+        case 2: group_rows<2, FORMAT>(a, lda, b, k, c, ldc, add, ahead); break;
+        case 1: group_rows<1, FORMAT>(a, lda, b, k, c, ldc, add, ahead); break;
     }
 }
 
@@ -148,7 +151,7 @@ inline void block_product(latentd_format format, int64_t rows, const char* a, in
     auto product = format == LATENTD_INT8   ? group_tile<LATENTD_INT8>
                    : format == LATENTD_INT4 ? group_tile<LATENTD_INT4>
                                             : group_tile<LATENTD_INT8_INPUTS>;
-    product(rows, groups, stride, b, latentd::groups(k), c, ldc, add, ahead);
+    product(rows, groups, stride, b, k, c, ldc, add, ahead);
 }
 
 // Rows of A lie `lda` bytes apart, each activation_bytes long; those of C, 64 numbers each, ldc floats. `next`: the
@@ -169,7 +172,7 @@ inline void panel_product(latentd_format format, int64_t rows, const void* a, in
         const uint8_t* following = last ? static_cast<const uint8_t*>(next) : from + latentd::panel_bytes(format, some);
         int64_t left = last ? k : k - first - some;
         int64_t wanted = following ? latentd::panel_bytes(format, left < block ? left : block) / 64 : 0;  // in lines
-        int64_t steps = format == LATENTD_BF16 ? some / 2 : latentd::groups(some) * (GROUP / (format == LATENTD_INT4 ? 8 : 4));
+        int64_t steps = some / (format == LATENTD_BF16 ? 2 : format == LATENTD_INT4 ? 8 : 4);
         int64_t fetching = tiles < 4 ? tiles : 4, lines = (wanted + steps * fetching - 1) / (steps * fetching);
         for (int64_t tile = 0, row = 0, count; tile < tiles; tile++, row += count) {
             count = (rows - row + tiles - tile - 1) / (tiles - tile);  // of about equal size

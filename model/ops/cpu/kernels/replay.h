@@ -82,9 +82,9 @@ inline Soon router_weights(const int64_t* words) {
     return {as<const void*>(words[5]), shape.experts * words[4] * int64_t(sizeof(float))};
 }
 
-inline Soon shared_gate(const int64_t* words) { return packed(words[0], words[13], words[12] > 0, words[12], words[4]); }
+inline Soon shared_weights(const int64_t* words) { return packed(words[0], words[13], 1, 2 * words[12], words[4]); }
 
-inline Soon mlp_gate(const int64_t* words) { return packed(words[0], words[6], 1, words[5], words[4]); }
+inline Soon mlp_weights(const int64_t* words) { return packed(words[0], words[6], 1, 2 * words[5], words[4]); }
 
 constexpr Replayable REPLAYABLE[] = {
     replayable<&Kernels::linear>("linear", linear_weights),
@@ -97,8 +97,8 @@ constexpr Replayable REPLAYABLE[] = {
     replayable<&Kernels::router_workspace>("router_workspace"),
     replayable<&Kernels::router>("router", router_weights),
     replayable<&Kernels::moe_workspace>("moe_workspace"),
-    replayable<&Kernels::moe>("moe", shared_gate),
-    replayable<&Kernels::mlp>("mlp", mlp_gate),
+    replayable<&Kernels::moe>("moe", shared_weights),
+    replayable<&Kernels::mlp>("mlp", mlp_weights),
 };
 
 inline const Replayable* find_replayable(const char* name) {

@@ -215,6 +215,7 @@ def test_inspect_says_what_fits_on_a_card(
     assert found["weight_bytes"] == pytest.approx(weights, rel=0.01)
     assert found["cached_tokens"] == pytest.approx(fits, rel=0.02)
     assert found["fp8_cached_tokens"] == pytest.approx(fp8_fits, rel=0.02)
+    assert report["longest_context"] == min(report["cached_tokens"], 163840)
 
 
 @contextlib.contextmanager

@@ -199,7 +199,9 @@ def main(capability: int) -> None:
     JITFunction.run = compile_only
     for shape in (V2_LITE, V2, V3):
         for launch, call in launches(shape):
-            if shape is V2_LITE or (shape is V2 and not launch.startswith("experts")) or launch == "router":
+            # Of V2's experts those in 4 bits: others are as V2-Lite's, and no card holds them.
+            alike = launch.startswith("experts") and "int4" not in launch
+            if shape is V2_LITE or (shape is V2 and not alike) or launch == "router":
                 name = f"{shape.name}: {launch}"
                 call()
 

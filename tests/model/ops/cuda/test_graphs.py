@@ -16,7 +16,7 @@ from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cuda import graphs
 from model.ops.cuda.graphs import DecodeGraphs
 from model.ops.cuda.ops import CudaOps
-from model.ops.interface import Network
+from model.ops.interface import Network, Routing
 from tests.checkpoints import make_checkpoint
 from tests.model.harness import load_model
 from tests.model.ops.cuda.common import DEVICE, poisoned
@@ -85,7 +85,10 @@ def decoding(contexts: list[int], config: Any, fp8: bool = False) -> tuple[StepI
 
 @pytest.mark.parametrize("fp8", [False, True])
 @torch.inference_mode()
-def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, CudaOps, Any], fp8: bool) -> None:
+def test_padding_rows_change_nothing_and_write_nothing(
+    network: tuple[Network, CudaOps, Any], fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And read no expert's weights."""
     compute, ops, config = network
     step, cache = decoding([70, 1, 200], config, fp8)
     other = decoding([70, 1, 200], config, fp8)[1]
@@ -94,8 +97,20 @@ def test_padding_rows_change_nothing_and_write_nothing(network: tuple[Network, C
     hidden, logits = compute(step, cache)
     replayed = ops.recorded(compute, config)
     replayed(before, other)  # leaves its rows in the buffers
+    chosen = []
+
+    def watched(*args: Any) -> Routing:
+        routing = CudaOps.router(ops, *args)
+        chosen.append(routing.experts)
+        return routing
+
+    monkeypatch.setattr(ops, "router", watched)
     with poisoned():
         found_hidden, found_logits = replayed(step, other)
+    assert chosen
+    for experts in chosen:
+        assert (experts >= 0).all(dim=1).tolist() == [True, True, True, False]
+        assert experts[3].eq(-1).all()
     torch.testing.assert_close(found_hidden, hidden, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found_logits, logits, rtol=1e-4, atol=1e-4)
     lines = torch.arange(12 * config.num_hidden_layers * BLOCK_SIZE)

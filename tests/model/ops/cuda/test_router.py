@@ -69,3 +69,15 @@ def test_equal_scores_and_no_scores_choose_the_first_experts(config: DeepseekCon
     with poisoned():
         found = router(x, weight, None, config).experts
     assert found.tolist() == [list(range(config.num_experts_per_tok))] * 2
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("config", [V2_LITE, V3], ids=["V2-Lite", "V3"])
+def test_infinite_scores_choose_experts_that_there_are(config: DeepseekConfig) -> None:
+    x = torch.zeros(1, config.hidden_size, device=DEVICE)
+    x[0, 0] = torch.inf
+    weight = randn(config.n_routed_experts, config.hidden_size, seed=2)
+    with poisoned():
+        found = router(x, weight, None, config).experts[0].tolist()
+    assert len(set(found)) == config.num_experts_per_tok
+    assert set(found) <= set(range(config.n_routed_experts))

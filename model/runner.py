@@ -117,12 +117,12 @@ class ModelRunner:
         return LaunchedStep(batch, self._rows, Sampled(token_ids, places, asked, scores), prompts)
 
     def _compute_within_memory(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final hidden states and logits. A step whose activations do not fit is computed half by half: latents that
-        were written are written again, the same."""
+        """Final hidden states and logits. A step whose activations or graph do not fit is computed half by half:
+        latents that were written are written again, the same."""
         try:
             return self._compute(inputs, self.cache)
-        except torch.OutOfMemoryError as error:
-            if inputs.num_tokens == 1:
+        except RuntimeError as error:
+            if inputs.num_tokens == 1 or not _allocator_ran_out(error):
                 raise
             logger.warning("a step of %d tokens is computed in parts: %s", inputs.num_tokens, error)
         hidden = self._hidden_in_parts(inputs)
@@ -310,10 +310,14 @@ def _memory_beside_steps(
 def _is_out_of_memory(error: BaseException | None) -> bool:
     """torch's allocator of a GPU has a class of its own for it; a CPU's, the driver, which loads kernels and graphs,
     and cuBLAS have only words. A capture that ran out of it ends with another error in its place."""
-    if error is None or isinstance(error, torch.OutOfMemoryError):
+    if error is None or _allocator_ran_out(error):
         return error is not None
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return any(word in str(error) for word in words) or _is_out_of_memory(error.__context__)
+
+
+def _allocator_ran_out(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _allocator_ran_out(error.__context__))
 
 
 def _described(runner: ModelRunner) -> str:

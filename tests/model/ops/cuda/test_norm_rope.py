@@ -41,6 +41,7 @@ def test_rope_and_cache(heads: int, rank: int, rope: int, fp8: bool, dtype: torc
     q = randn(tokens, heads, nope + rope, seed=1, dtype=dtype)
     untouched = q.clone()
     kv = randn(tokens, rank + rope + 16, seed=2, dtype=dtype)[:, : rank + rope] * 2
+    kv[0] *= 1e-3  # so that eps counts
     norm_weight = randn(rank, seed=3, dtype=dtype)
     angles = randn(tokens, rope // 2, seed=4)
     rotation = Rotation(angles.cos() * 1.1, angles.sin() * 1.1)

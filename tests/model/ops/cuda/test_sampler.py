@@ -41,6 +41,20 @@ def test_mixed_rows_equal_the_twin(vocab_size: int, spread: float) -> None:
         assert found == expected
 
 
+def test_penalties_begin_with_the_first_token_and_end_with_the_last() -> None:
+    """Of prompt [9, 8] and output [5, 9, 6] presence counts the output, repetition all of it; what lies behind in the
+    row's memory nothing."""
+    logits = np.ones((6, 40), np.float32)
+    best = [5, 6, 8, 8, 9, 7]
+    logits[range(6), best] = 3.0
+    presence, repetition = ([9, 8, 5, 9, 6], 2, 1.0, 5.0, 0.0), ([9, 8, 5, 9, 6], 2, 100.0, 0.0, 0.0)
+    penalties = [presence, presence, presence, repetition, repetition, repetition]
+    rows: list[dict[str, Any]] = [{"temperature": 0.0, "penalties": each} for each in penalties]
+    found, expected = both(logits, rows)
+    assert found == expected
+    assert [token == own for token, own in zip(found, best, strict=True)] == [False, False, True, False, False, True]
+
+
 def test_rows_without_a_token_say_why() -> None:
     logits = np.random.default_rng(0).standard_normal((8, 70)).astype(np.float32)
     rows: list[dict[str, Any]] = [{"temperature": float(i % 2), "top_p": 0.9, "seed": i} for i in range(8)]

@@ -107,7 +107,7 @@ bench-peers: dev ## latentd beside llama.cpp, vLLM and others, which docs/benchm
 	$(BIN)/python -m benchmarks.peers run all
 	$(BIN)/python -m benchmarks.peers table
 
-bench-gpu: dev ## the CUDA worker on this machine's GPU, a quarter of an hour: OUT=folder
+bench-gpu: dev ## the CUDA worker on this machine's GPU, less than half an hour: OUT=folder
 	$(BIN)/python -m benchmarks.gpu_suite --out "$(or $(OUT),bench-out/gpu)"
 
 docs: dev ## write the tables of the documents that follow from the code

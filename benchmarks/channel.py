@@ -37,7 +37,8 @@ def run_engine(channel: EngineChannel, rows: int, steps: int, interval: float) -
     fixed = dict.fromkeys(("model_type", "fingerprint", "device", "dtype", "quantization", "ops"), "none")
     sizes = dict.fromkeys(("max_model_len", "vocab_size", "num_blocks", "block_size", "cache_bytes_per_token"), 1)
     limits = {"weight_bytes": 0, "max_num_seqs": rows, "max_num_batched_tokens": rows}
-    channel.send(EngineReady(**fixed, **sizes, **limits, eos_token_ids=[], instruction_set=None, load_seconds=0.0))  # type: ignore[arg-type]
+    none = dict.fromkeys(("instruction_set", "prefill_attention"))
+    channel.send(EngineReady(**fixed, **sizes, **limits, **none, eos_token_ids=[], load_seconds=0.0))  # type: ignore[arg-type]
     ended = Finished(reason=FinishReason.LENGTH)
     for _ in range(ROUNDS):
         request_ids: list[str] = []

@@ -1,33 +1,28 @@
-"""Groups of `benchmarks.gpu_suite` above the kernels: sampling, the engine's loop, HTTP, transformers, and a sweep."""
+"""Groups of `benchmarks.gpu_suite` above the network: sampling, the engine's loop, HTTP."""
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
 import time
 import warnings
 from array import array
-from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from benchmarks.gpu_rig import Suite, clocked, daemon_ops, new_cache, random_model
 from benchmarks.make_checkpoint import SHAPES, make
 from benchmarks.peers.load import HOST, MODEL_NAME, Prompts, measure
 from benchmarks.peers.scenarios import Scenario
 from benchmarks.real_size import wait_ready
 from model.batch import SamplingParams
-from model.latent_cache import BLOCK_SIZE, LatentCache
-from model.ops.cuda.moe import Tile, moe
+from model.latent_cache import BLOCK_SIZE
 from model.ops.cuda.ops import CudaOps
-from model.ops.interface import Mlp, Routing
 from model.rows import Rows
 from model.runner import ModelRunner
 from model.sampler import SamplingInputs
@@ -40,79 +35,6 @@ from scheduler.reader import Inbox
 from scheduler.scheduler import Scheduler
 from scheduler.worker import Grammars
 from server.settings import BUILTIN_MODEL
-
-if TYPE_CHECKING:
-    from benchmarks.gpu_suite import Suite
-
-
-def clocked(call: Callable[[], object], times: int) -> float:
-    """Seconds of one of so many calls, the GPU's work included."""
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    wait()
-    return (time.perf_counter() - start) / times
-
-
-CANDIDATES = {
-    "bfloat16": [
-        Tile(pairs, columns, inner, warps, stages)
-        for pairs in (16, 32, 64, 128)
-        for columns, inner, warps, stages in (
-            (32, 256, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 8, 3),
-        )
-    ],
-    "quantized": [
-        Tile(pairs, columns, 64, warps, stages)
-        for pairs in (16, 32, 64)
-        for columns in (32, 64, 128)
-        for warps, stages in ((4, 4), (4, 8), (8, 4))
-    ],
-}  # fmt: skip
-
-
-def tiles(suite: Suite) -> bool:
-    """The fastest tile of each size of step, in the form of `model/ops/cuda/tiles.json`.
-
-    A candidate that a card has too little shared memory for is passed over.
-    """
-    config = suite.config
-    hidden, width = config.hidden_size, config.moe_intermediate_size or 0
-    table: dict[str, list[list[int]]] = {}
-    for kind, quantization in (("bfloat16", "none"), ("quantized", "int4")):
-        ops = CudaOps(quantization)
-        one = Mlp(*(suite.randn(*shape, scale=0.02) for shape in ((width, hidden), (width, hidden), (hidden, width))))
-        routed = ops.pack_experts(config.n_routed_experts or 0, (one for _ in range(config.n_routed_experts or 0)))
-        table[kind] = []
-        for tokens in (3,) if suite.toy else (32, 96, 512, 4096):
-            x = suite.randn(tokens, hidden)
-            chosen = torch.rand(tokens, config.n_routed_experts or 0, device=suite.device)
-            routing = Routing(
-                chosen.topk(config.num_experts_per_tok or 0).indices.int(),
-                torch.ones(tokens, config.num_experts_per_tok or 0, device=suite.device),
-            )
-            best: tuple[float, Tile] | None = None
-            for tile in CANDIDATES[kind][:2] if suite.toy else CANDIDATES[kind]:
-                try:
-                    seconds = suite.seconds([partial(moe, x, routing, routed, None, x, tile)] * 3, rounds=3)
-                except Exception as error:  # triton's OutOfResources, which has no public home
-                    if type(error).__name__ != "OutOfResources":
-                        raise
-                    continue
-                if best is None or seconds < best[0]:
-                    best = seconds, tile
-            assert best is not None
-            table[kind].append([tokens, *best[1]])
-            suite.report("tiles", f"{kind}, {tokens} tokens", us=best[0] * 1e6, tile=list(best[1]))
-        table[kind][-1][0] = 10**9
-    (suite.out / "tiles.json").write_text(json.dumps(table, indent=2))
-    return True
 
 
 def sampling(suite: Suite) -> bool:
@@ -152,13 +74,15 @@ def sampling(suite: Suite) -> bool:
 
 
 def engine(suite: Suite) -> bool:
-    """Requests through scheduler and worker, one step at a time and overlapped, and with quantised weights.
+    """Requests through scheduler and worker, one step at a time and overlapped, with latents in 8 bits and with
+    quantised weights.
 
     `waits`: how often the host waited for the GPU where nobody asked it to; there should be none.
     """
     number, prompt, output = (3, 9, 4) if suite.toy else (256, 512, 128)
-    for quantization, overlaps in (("none", (False, True)), ("int8", (True,)), ("int4", (True,))):
-        runner = _random_runner(suite, quantization, number, prompt + output)
+    runs = (("none", False, (False, True)), ("none", True, (True,)), ("int8", False, (True,)), ("int4", False, (True,)))
+    for quantization, fp8, overlaps in runs:
+        runner = _random_runner(suite, quantization, fp8, number, prompt + output)
         _serve(suite, runner, 1, prompt, 2, overlap=False)  # compiles and captures
         texts = []
         for overlap in overlaps:
@@ -166,7 +90,7 @@ def engine(suite: Suite) -> bool:
             texts.append(tokens)
             suite.report(
                 "engine",
-                f"weights {quantization}, {'overlapped' if overlap else 'one by one'}",
+                f"weights {quantization}{', latents fp8' if fp8 else ''}, {'overlapped' if overlap else 'one by one'}",
                 **{"tok/s": number * output / seconds, "ms a step": seconds / steps * 1e3},
                 waits=waits,
             )
@@ -179,14 +103,9 @@ def engine(suite: Suite) -> bool:
     return True
 
 
-def _random_runner(suite: Suite, quantization: str, rows: int, length: int) -> ModelRunner:
-    from benchmarks.gpu_suite import RandomWeights
-    from model.deepseek import DeepseekForCausalLM
-
-    config = suite.config
-    network = DeepseekForCausalLM(config, CudaOps(quantization), RandomWeights(suite, suite.dtype))
-    blocks = rows * -(-length // BLOCK_SIZE) + 1
-    cache = LatentCache(blocks, config.num_hidden_layers, config.latent_dim, suite.dtype, suite.device)
+def _random_runner(suite: Suite, quantization: str, fp8: bool, rows: int, length: int) -> ModelRunner:
+    network = random_model(suite, daemon_ops(suite, quantization), suite.dtype)
+    cache = new_cache(suite, rows * -(-length // BLOCK_SIZE) + 1, suite.config.num_hidden_layers, fp8=fp8)
     checkpoint = cast("Any", SimpleNamespace(fingerprint="random weights"))
     return ModelRunner(network, cache, Rows(rows, length, device=suite.device), checkpoint, length, 0)
 
@@ -256,29 +175,4 @@ def http(suite: Suite) -> bool:
                 )
         finally:
             daemon.terminate()
-    return True
-
-
-def transformers(suite: Suite) -> bool:
-    """`generate` of transformers on a network of the same shape, beside the figures of `step` and `engine`."""
-    if find_spec("transformers") is None:
-        suite.report("transformers", "not run", reason="transformers is not installed")
-        return True
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = json.loads((Path(suite.out) / "config.json").read_text())
-    config = AutoConfig.for_model(**values)
-    with torch.device(suite.device):
-        peer = AutoModelForCausalLM.from_config(config, dtype=suite.dtype).eval()  # type: ignore[no-untyped-call]
-    prompt, output = (5, 3) if suite.toy else (512, 32)
-    for rows in (2,) if suite.toy else (1, 32, 256):
-        tokens = torch.randint(suite.config.vocab_size, (rows, prompt), device=suite.device)
-        peer.generate(tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False)  # loads what it needs
-        times = []
-        for length in (1, 1 + output):
-            began = time.perf_counter()
-            peer.generate(tokens, max_new_tokens=length, min_new_tokens=length, do_sample=False)
-            times.append(time.perf_counter() - began)
-        seconds = (times[1] - times[0]) / output
-        suite.report("transformers", f"{rows} x {prompt}", **{"ms a step": seconds * 1e3, "tok/s": rows / seconds})
     return True

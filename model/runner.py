@@ -66,6 +66,7 @@ class ModelRunner:
         self.ops = model.ops.name
         self.quantization = model.ops.quantization
         self.instruction_set = model.ops.instruction_set if isinstance(model.ops, CpuOps) else None
+        self.prefill_attention = model.ops.prefill_attention
         self._rows = rows
         self._compute = model.ops.recorded(model.compute, model.config)
 
@@ -347,7 +348,8 @@ def _choose_ops(
             return CpuOps(kernels, num_threads, quantization)
         reason = "there are none: install a C++ compiler, then run `python -m model.ops.cpu.build`"
     if device.type == "cuda" and dtype is not torch.float32 and find_spec("triton") is not None:
-        from model.ops.cuda.device import KERNEL_MEMORY, shared_memory  # torch for CPUs comes without triton
+        from model.ops.cuda.cudnn import chosen  # torch for CPUs comes without triton
+        from model.ops.cuda.device import KERNEL_MEMORY, shared_memory
         from model.ops.cuda.ops import CudaOps
 
         if (memory := shared_memory(device)) < KERNEL_MEMORY:
@@ -356,7 +358,7 @@ def _choose_ops(
         elif quantization != "none" and config.n_shared_experts and (config.moe_intermediate_size or 0) % 64:
             reason = f"moe_intermediate_size {config.moe_intermediate_size} is no multiple of 64"
         else:
-            return CudaOps(quantization)
+            return CudaOps(quantization, chosen(config, dtype, device))
     if quantization != "none":
         raise ConfigError(f"quantization {quantization} is computed by kernels, but {reason}")
     if fp8_cache and device.type == "cpu":

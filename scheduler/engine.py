@@ -207,6 +207,7 @@ def _describe(config: EngineConfig, runner: Runner, load_seconds: float) -> Engi
         quantization=runner.quantization,
         ops=runner.ops,
         instruction_set=runner.instruction_set,
+        prefill_attention=runner.prefill_attention,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=token_budget(config, runner.device),
         load_seconds=load_seconds,

@@ -152,6 +152,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Implementation of the operations: `eager`, `cpu`, `cuda`."""
     instruction_set: str | None
     """That the CPU kernels use, such as `avx512_bf16`; None where others compute."""
+    prefill_attention: str | None
+    """Who computes the attention of long prompts on a GPU, `cudnn` or `triton`; None elsewhere."""
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float

@@ -131,6 +131,11 @@ class Ops(Protocol):
         ...
 
     @property
+    def prefill_attention(self) -> str | None:
+        """Who computes the attention of long prompts, `cudnn` or `triton`; None where nobody had to choose."""
+        ...
+
+    @property
     def packing(self) -> str | None:
         """What decides the bytes of packed weights besides the weights; None where packing leaves them tensors."""
         ...

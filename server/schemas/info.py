@@ -26,6 +26,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Implementation of the operations."""
     instruction_set: str | None
     """That the CPU kernels use; null where others compute."""
+    prefill_attention: str | None
+    """Who computes the attention of long prompts on a GPU, `cudnn` or `triton`; null elsewhere."""
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float

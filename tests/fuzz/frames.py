@@ -72,6 +72,7 @@ _READY = EngineReady(
     quantization="none",
     ops="fake",
     instruction_set=None,
+    prefill_attention=None,
     max_num_seqs=8,
     max_num_batched_tokens=256,
     load_seconds=0.0,

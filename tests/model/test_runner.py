@@ -84,6 +84,7 @@ def test_what_the_engine_tells_the_front_end(checkpoint: Path) -> None:
     assert runner.model_type == "deepseek_v2"
     assert (runner.device, runner.dtype, runner.ops) == ("cpu", "float32", "eager")
     assert runner.instruction_set is None
+    assert runner.prefill_attention is None
     assert (runner.max_model_len, runner.num_blocks) == (1000, 40)
     assert (runner.vocab_size, tuple(runner.eos_token_ids)) == (config.vocab_size, (1,))
     assert runner.cache_bytes_per_token == config.latent_dim * config.num_hidden_layers * 4

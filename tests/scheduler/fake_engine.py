@@ -54,6 +54,7 @@ class FakeRunner:
     quantization = "none"
     ops = "fake"
     instruction_set = None
+    prefill_attention = None
 
     def __init__(self, config: EngineConfig, args: argparse.Namespace) -> None:
         if args.load_error:

@@ -64,6 +64,7 @@ FROM_ENGINE: list[FromEngine] = [
         quantization="none",
         ops="eager",
         instruction_set=None,
+        prefill_attention="cudnn",
         max_num_seqs=1,
         max_num_batched_tokens=1,
         load_seconds=0.5,

@@ -90,6 +90,7 @@ class ScriptedEngine:
             quantization="none",
             ops="cpu",
             instruction_set="avx2",
+            prefill_attention="cudnn",
             max_num_seqs=4,
             max_num_batched_tokens=64,
             load_seconds=0.0,

@@ -36,6 +36,7 @@ def test_server_info() -> None:
     info = answer.json
     assert info["engine"]["device"] == "cpu"
     assert info["engine"]["instruction_set"] == "avx2"
+    assert info["engine"]["prefill_attention"] == "cudnn"
     assert info["block_pool"] == {"block_size": 64, "num_blocks": 64, "free_blocks": 0, "cached_blocks": 0}
     assert {limit["name"] for limit in info["limits"]} == {limit.name for limit in LIMITS}
     assert info["settings"]["max_open_requests"] == 7

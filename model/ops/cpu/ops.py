@@ -50,6 +50,7 @@ def obstacle(config: DeepseekConfig, dtype: torch.dtype, device: torch.device, f
 class CpuOps:
     name = "cpu"
     decode_sizes = ()
+    prefill_attention = None
 
     def __init__(self, library: Library, threads: int, quantization: str = "none") -> None:
         self.quantization = quantization

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.config import DeepseekConfig
 from model.inputs import StepInputs
 from model.latent_cache import BLOCK_SIZE, LatentCache
+from model.ops.cuda.cudnn import Attend, attend_pieces
 from model.ops.cuda.mla_decode import (
     DecodeWork,
     decode_work,
@@ -51,10 +52,15 @@ class CudaAttention:
     """`StepAttention`."""
 
     def __init__(
-        self, cache: LatentCache, config: DeepseekConfig, absorbed: Absorbed | None, expanded: list[Expanded]
+        self,
+        cache: LatentCache,
+        config: DeepseekConfig,
+        absorbed: Absorbed | None,
+        expanded: list[Expanded],
+        attend: Attend | None,
     ) -> None:
         self._cache, self._config = cache, config
-        self._absorbed, self._expanded = absorbed, expanded
+        self._absorbed, self._expanded, self._attend = absorbed, expanded, attend
 
     def __call__(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights) -> Tensor:
         shape = (*q_nope.shape[:2], self._config.v_head_dim)
@@ -80,36 +86,35 @@ class CudaAttention:
     def _expand(self, layer: int, q_nope: Tensor, q_rope: Tensor, weights: LatentWeights, output: Tensor) -> None:
         config, rank = self._config, self._config.kv_lora_rank
         heads = config.num_attention_heads
-        shape = output.shape if len(self._expanded) > 1 else (0, heads, 0)
+        whole = all(expanded.plan.whole for expanded in self._expanded)
+        shape = (0, heads, 0) if whole else output.shape
         accumulator = Accumulator(
             torch.empty(shape, dtype=torch.float32, device=output.device),
             torch.empty(shape[:2], dtype=torch.float32, device=output.device),
         )
         for keys, plan in self._expanded:
             latents = self._cache.read(keys + layer * BLOCK_SIZE)
-            k_nope = F.linear(latents[:, :rank], unpacked(weights.expand).flatten(0, 1))
-            values = F.linear(latents[:, :rank], unpacked(weights.value).flatten(0, 1))
-            mla_prefill(
-                q_nope,
-                q_rope,
-                k_nope.view(len(keys), heads, -1),
-                latents[:, rank:],
-                values.view(len(keys), heads, -1),
-                plan.tiles,
-                config.softmax_scale,
-                accumulator,
-                output,
-            )
+            k_nope = F.linear(latents[:, :rank], unpacked(weights.expand).flatten(0, 1)).view(len(keys), heads, -1)
+            values = F.linear(latents[:, :rank], unpacked(weights.value).flatten(0, 1)).view(len(keys), heads, -1)
+            inputs = q_nope, q_rope, k_nope, latents[:, rank:], values
+            if plan.pieces:
+                assert self._attend is not None
+                attend_pieces(self._attend, plan.pieces, *inputs, config.softmax_scale, accumulator, output)
+            if len(plan.tiles):
+                mla_prefill(*inputs, plan.tiles, config.softmax_scale, accumulator, output)
 
 
-def plan_attention(step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> CudaAttention:
-    """From what the host knows of the step's rows."""
+def plan_attention(
+    step: StepInputs, cache: LatentCache, config: DeepseekConfig, attend: Attend | None = None
+) -> CudaAttention:
+    """From what the host knows of the step's rows. `attend` computes pieces of expanded ones, if there is one."""
     queries = [stop - start for start, stop in zip(step.query_start, step.query_start[1:], strict=False)]
     few = [row for row, number in enumerate(queries) if number <= MOST_ABSORBED]
     many = [row for row, number in enumerate(queries) if number > MOST_ABSORBED]
     absorbed = _absorbed(step, few, [queries[row] for row in few], config) if few else None
-    expanded = _expanded(step, many, [queries[row] for row in many], cache, config) if many else []
-    return CudaAttention(cache, config, absorbed, expanded)
+    of_many = [queries[row] for row in many]
+    expanded = _expanded(step, many, of_many, cache, config, attend is not None) if many else []
+    return CudaAttention(cache, config, absorbed, expanded, attend)
 
 
 class DeviceRows(NamedTuple):
@@ -138,7 +143,7 @@ def captured_attention(rows: DeviceRows, cache: LatentCache, config: DeepseekCon
         block=lines_of_a_tile(heads, 1, cache.data.device),
         split_pages=pages_of_a_split(number),
     )
-    return CudaAttention(cache, config, Absorbed(slice(0, number), work), [])
+    return CudaAttention(cache, config, Absorbed(slice(0, number), work), [], None)
 
 
 def _absorbed(step: StepInputs, rows: list[int], queries: list[int], config: DeepseekConfig) -> Absorbed:
@@ -168,13 +173,19 @@ def _absorbed(step: StepInputs, rows: list[int], queries: list[int], config: Dee
 
 
 def _expanded(
-    step: StepInputs, rows: list[int], queries: list[int], cache: LatentCache, config: DeepseekConfig
+    step: StepInputs,
+    rows: list[int],
+    queries: list[int],
+    cache: LatentCache,
+    config: DeepseekConfig,
+    in_pieces: bool,
 ) -> list[Expanded]:
     device = step.positions.device
     numbers_a_key = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
     workspace = max(1, WORKSPACE_BYTES // (numbers_a_key * cache.dtype.itemsize))
     contexts = [step.context_lens[row] for row in rows]
-    passes = plan_passes([step.query_start[row] for row in rows], queries, contexts, workspace, device)
+    starts = [step.query_start[row] for row in rows]
+    passes = plan_passes(starts, queries, contexts, workspace, device, in_pieces)
     expanded = []
     for plan in passes:
         lines = []

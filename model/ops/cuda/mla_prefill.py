@@ -2,11 +2,13 @@
 for keys of two parts, of which the rotated one is shared by all heads and never copied to them.
 
 Contexts that do not fit into the workspace together are computed in several passes: what a pass leaves, a mean and
-the logarithm of its sum, is where the next one goes on.
+the logarithm of its sum, is where the next one goes on. In the same way it goes on from what others have computed of
+its keys, the pieces of `cudnn`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,10 @@ from model.transfer import to_device
 TILE = 128
 """Query tokens of a program."""
 FIRST, LAST = 1, 2
-"""Bits: whether a tile has seen no keys before this pass, and will see none after it."""
+"""Bits: whether a tile or a piece has seen no keys before, and will see none afterwards."""
+PIECE, MOST_OF_A_PIECE, PIECE_KEYS = 512, 4096, 4096
+"""Query tokens of a piece: a multiple of the first, up to the second. Its keys: that many cached ones, or its own. So
+there are 16 shapes, all of them multiples of 128: before cuDNN 9.15.1 others could go wrong."""
 
 
 class Segment(NamedTuple):
@@ -33,39 +38,106 @@ class Segment(NamedTuple):
     stop: int
 
 
+class Piece(NamedTuple):
+    """Consecutive tokens of a row with keys of the workspace, all of which they see, or each those before it."""
+
+    token: int
+    number: int
+    first_key: int
+    keys: int
+    causal: bool
+    flags: int
+
+
 class Pass(NamedTuple):
     segments: list[Segment]
     """One behind the other in the workspace."""
+    pieces: list[Piece]
+    """In this order, and before the tiles."""
     tiles: Tensor
     """[N, 6] int32: first token, number of tokens, first key in the workspace, number of keys, the last key that the
     first token sees (counted from the first key; negative: none), FIRST and LAST."""
+    whole: bool
+    """No token has more than one piece or tile, in this pass or others."""
 
 
 def plan_passes(
-    tokens: list[int], queries: list[int], contexts: list[int], workspace: int, device: torch.device
+    tokens: list[int],
+    queries: list[int],
+    contexts: list[int],
+    workspace: int,
+    device: torch.device,
+    in_pieces: bool = False,
 ) -> list[Pass]:
     """For rows whose `queries` tokens begin at `tokens` and attend to `contexts` keys; `workspace` keys a pass."""
     passes = []
     row = start = 0
     while row < len(contexts):
-        segments, tiles = [], []
+        segments, pieces, tiles = [], [], []
         room = workspace
         while row < len(contexts) and room > 0:
             stop = min(contexts[row], start + room)
             segments.append(Segment(row, start, stop))
-            first_position = contexts[row] - queries[row]
-            for query in range(0, queries[row], TILE):
-                number = min(TILE, queries[row] - query)
-                sees = first_position + query - start
-                keys = min(stop - start, sees + number)
-                if keys > 0:
-                    last = stop - start >= sees + number
-                    flags = FIRST * (start == 0) + LAST * last
-                    tiles.append((tokens[row] + query, number, workspace - room, keys, sees, flags))
+            for query, number, cut in _parts(queries[row], in_pieces):
+                part = _plan_part(
+                    tokens[row] + query,
+                    number,
+                    contexts[row] - queries[row] + query,
+                    segments[-1],
+                    workspace - room,
+                    cut,
+                )
+                pieces += part[0]
+                tiles += part[1]
             room -= stop - start
             row, start = (row + 1, 0) if stop == contexts[row] else (row, stop)
-        passes.append(Pass(segments, to_device(np.array(tiles, np.int32), device)))
+        whole = all(flags == FIRST | LAST for *_, flags in (*pieces, *tiles))
+        on_device = to_device(np.array(tiles, np.int32).reshape(-1, 6), device)
+        passes.append(Pass(segments, pieces, on_device, whole))
     return passes
+
+
+def _parts(queries: int, in_pieces: bool) -> Iterator[tuple[int, int, bool]]:
+    """A row's tokens in parts: the first one, how many, and whether pieces may have them."""
+    first = 0
+    while in_pieces and (number := min((queries - first) // PIECE * PIECE, MOST_OF_A_PIECE)) > 0:
+        yield first, number, True
+        first += number
+    if first < queries:
+        yield first, queries - first, False
+
+
+_Tile = tuple[int, int, int, int, int, int]
+
+
+def _plan_part(
+    token: int, number: int, position: int, segment: Segment, place: int, cut: bool
+) -> tuple[list[Piece], list[_Tile]]:
+    """Of tokens from `token` on, the first at `position` of its row, with a segment that lies at `place` of the
+    workspace. Pieces have the whole stretches of keys before the tokens, and the tokens' own if the segment has all of
+    them; tiles have what is left."""
+    keys = segment.stop - segment.start
+    before = max(0, min(keys, position - segment.start)) if cut else 0
+    stretches = before // PIECE_KEYS * PIECE_KEYS
+    own = cut and segment.start <= position and position + number <= segment.stop
+    spans = [(key, PIECE_KEYS, False) for key in range(0, stretches, PIECE_KEYS)]
+    spans += [(before, number, True)] if own else []
+    pieces = [
+        Piece(token, number, place + key, length, causal, FIRST * (segment.start == 0 and i == 0))
+        for i, (key, length, causal) in enumerate(spans)
+    ]
+    if own and stretches == before:
+        pieces[-1] = pieces[-1]._replace(flags=pieces[-1].flags | LAST)
+    tiles = []
+    end = before if own else keys
+    for query in range(0, number, TILE):
+        rows = min(TILE, number - query)
+        sees = position + query - segment.start
+        seen = min(end, sees + rows)
+        if seen > stretches:
+            flags = FIRST * (segment.start == 0 and not pieces) + LAST * (keys >= sees + rows)
+            tiles.append((token + query, rows, place + stretches, seen - stretches, sees - stretches, flags))
+    return pieces, tiles
 
 
 class Accumulator(NamedTuple):

@@ -14,6 +14,7 @@ from model.inputs import StepInputs
 from model.latent_cache import LatentCache
 from model.ops.cuda import quantized
 from model.ops.cuda.attention import CudaAttention, DeviceRows, captured_attention, plan_attention
+from model.ops.cuda.cudnn import Attend
 from model.ops.cuda.graphs import SIZES, DecodeGraphs
 from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
@@ -41,8 +42,11 @@ class CudaOps:
     decode_sizes = SIZES
     packing = None
 
-    def __init__(self, quantization: str = "none") -> None:
+    def __init__(self, quantization: str = "none", attend: Attend | None = None) -> None:
+        """`attend`: who computes pieces of long prompts, see `cudnn.chosen`."""
         self.quantization = quantization
+        self.prefill_attention = "triton" if attend is None else "cudnn"
+        self._attend = attend
         self._bits = quantized.BITS.get(quantization, 16)
         self._rows: DeviceRows | None = None
 
@@ -137,7 +141,7 @@ class CudaOps:
     def attention(self, step: StepInputs, cache: LatentCache, config: DeepseekConfig) -> CudaAttention:
         if self._rows is not None:
             return captured_attention(self._rows, cache, config)
-        return plan_attention(step, cache, config)
+        return plan_attention(step, cache, config, self._attend)
 
     def mlp(self, x: Tensor, weights: SwigluWeights, residual: Tensor) -> Tensor:
         return self.linear(silu_mul(self.linear(x, weights.gate_up)), weights.down, residual=residual)

@@ -33,6 +33,7 @@ class EagerOps:
     decode_sizes = ()
     quantization = "none"
     packing = None
+    prefill_attention = None
 
     def __init__(self, onednn: bool = False) -> None:
         """`onednn`: linear weights and experts in oneDNN's layout (see `linear.py`)."""

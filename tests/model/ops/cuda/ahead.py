@@ -26,8 +26,9 @@ from model.latent_cache import LatentCache
 from model.ops.cuda import mla_decode as mla_decode_module
 from model.ops.cuda import moe as moe_module
 from model.ops.cuda import quantized
+from model.ops.cuda.cudnn import fold
 from model.ops.cuda.mla_decode import decode_work, lines_of_a_tile, mla_decode
-from model.ops.cuda.mla_prefill import Accumulator, mla_prefill
+from model.ops.cuda.mla_prefill import FIRST, LAST, Accumulator, mla_prefill
 from model.ops.cuda.moe import moe, silu_mul
 from model.ops.cuda.norm import rms_norm
 from model.ops.cuda.rope import rope_and_cache
@@ -115,6 +116,15 @@ def launches(shape: Shape) -> Iterator[tuple[str, Callable[[], object]]]:
                 *(bf16(2048, heads, 192).split([128, 64], dim=2)),
                 *(bf16(2048, heads, 128), bf16(2048, 576)[:, 512:], bf16(2048, heads, 128)),
                 *(tiles, 0.1, accumulator, bf16(2048, heads, 128)),
+            ),
+        )
+    found = bf16(1, 4096, heads, 128)[0]  # as cuDNN gives it
+    accumulator = Accumulator(torch.empty(4096, heads, 128), torch.empty(4096, heads))
+    for flags in (FIRST, 0, LAST, FIRST | LAST):
+        yield (
+            "fold",
+            lambda flags=flags, found=found, accumulator=accumulator: fold(
+                found, torch.empty(heads, 4096), 9, flags, accumulator, bf16(4096, heads, 128)
             ),
         )
     bias = torch.zeros(config.n_routed_experts) if config.topk_method == "noaux_tc" else None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +23,21 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def relative_error(found: Tensor, exact: Tensor) -> float:
     assert found.shape == exact.shape
     return float((found.float() - exact.float()).norm() / exact.float().norm())
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """`model.ops.cuda.cudnn.Attend` as torch has it on every CPU, for values as wide as keys only."""
+    wide = torch.nn.functional.pad(v, (0, q.shape[2] - v.shape[2]))
+    found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.cpu().unsqueeze(0).transpose(1, 2) for x in (q, k, wide)), 0.0, causal, scale=scale
+    )
+    return found[0].transpose(0, 1)[..., : v.shape[2]].to(q.device), lse[0].to(q.device)
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch, piece: int, most: int, keys: int) -> None:
+    """Of prompts as short as those of tests."""
+    for name, number in (("PIECE", piece), ("MOST_OF_A_PIECE", most), ("PIECE_KEYS", keys)):
+        monkeypatch.setattr(f"model.ops.cuda.mla_prefill.{name}", number)
 
 
 class poisoned:  # noqa: N801, a verb

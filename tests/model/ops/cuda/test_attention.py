@@ -9,9 +9,19 @@ import torch
 
 from model.latent_cache import BLOCK_SIZE, LatentCache
 from model.ops.cuda import attention, mla_prefill
+from model.ops.cuda.cudnn import Attend
 from model.ops.cuda.ops import CudaOps
 from model.ops.eager.ops import EagerOps
-from tests.model.ops.cuda.common import DEVICE, DTYPES, TOLERANCE, poisoned, randn, relative_error
+from tests.model.ops.cuda.common import (
+    DEVICE,
+    DTYPES,
+    TOLERANCE,
+    flash_attention,
+    poisoned,
+    randn,
+    relative_error,
+    small_pieces,
+)
 from tests.model.test_ops_eager import CONFIG, step_of
 
 LAYER = 1
@@ -26,16 +36,24 @@ ROWS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("workspace", [1 << 20, 70])
+@pytest.mark.parametrize("attend", [None, flash_attention], ids=["kernel", "pieces"])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_attention(
-    rows: list[tuple[int, int]], workspace: int, fp8: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rows: list[tuple[int, int]],
+    attend: Attend | None,
+    workspace: int,
+    fp8: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows of more than 8 tokens are expanded, in tiles of 16; also with a workspace that cuts their contexts."""
+    """Rows of more than 8 tokens are expanded, in tiles of 16; also with a workspace that cuts their contexts, and also
+    in pieces of 8 or 16 tokens with each other or with 24 cached ones."""
     config = CONFIG
     numbers_a_key = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
     monkeypatch.setattr(attention, "MOST_ABSORBED", 8)
     monkeypatch.setattr(attention, "WORKSPACE_BYTES", workspace * numbers_a_key * dtype.itemsize)
     monkeypatch.setattr(mla_prefill, "TILE", 16)
+    small_pieces(monkeypatch, 8, 16, 24)
     step, num_blocks = step_of(rows)
     rank, layers = config.kv_lora_rank, config.num_hidden_layers
     exact_cache, cache = (
@@ -59,7 +77,7 @@ def test_attention(
     packed = EagerOps().pack_latent(w_uk.cpu().float(), w_uv.cpu().float())
     exact = eager(LAYER, q_nope.cpu().float(), q_rope.cpu().float(), packed)
 
-    ops = CudaOps()
+    ops = CudaOps(attend=attend)
     on_device = replace(
         step,
         positions=step.positions.to(DEVICE),
@@ -67,8 +85,8 @@ def test_attention(
         block_tables=step.block_tables.to(DEVICE),
     )
     with poisoned():
-        attend = ops.attention(on_device, cache, config)
-        found = attend(LAYER, q_nope, q_rope, ops.pack_latent(w_uk, w_uv))
+        prepared = ops.attention(on_device, cache, config)
+        found = prepared(LAYER, q_nope, q_rope, ops.pack_latent(w_uk, w_uv))
     assert relative_error(found.cpu(), exact) < TOLERANCE[dtype]
 
 

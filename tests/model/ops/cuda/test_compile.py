@@ -34,7 +34,7 @@ def compiled(capability: int) -> list[dict[str, Any]]:
 def test_nothing_is_spilled_and_everything_fits(capability: int) -> None:
     kernels = compiled(capability)
     assert {kernel["kernel"] for kernel in kernels} == {
-        *("_rms_norm", "_rope_and_cache", "_split", "_merge", "_prefill", "_route"),
+        *("_rms_norm", "_rope_and_cache", "_split", "_merge", "_prefill", "_fold", "_route"),
         *("_align", "_up", "_down", "_sum", "_silu_mul", "_choose", "_mask", "_linear"),
     }
     for kernel in kernels:

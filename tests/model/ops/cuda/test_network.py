@@ -10,13 +10,14 @@ import torch
 from msgspec import structs
 
 from model.batch import SamplingParams
+from model.ops.cuda.cudnn import Attend
 from model.ops.cuda.ops import CudaOps
 from model.ops.eager.ops import EagerOps
 from model.runner import _choose_ops
 from scheduler.messages import AddRequest
 from tests.checkpoints import make_checkpoint
 from tests.model.engine import Engine, Outcome
-from tests.model.ops.cuda.common import DEVICE, poisoned, randn
+from tests.model.ops.cuda.common import DEVICE, flash_attention, poisoned, randn, small_pieces
 from tests.model.ops.cuda.test_graphs import CaptureList
 from tests.model.test_ops_eager import CONFIG
 
@@ -49,15 +50,32 @@ def generate(model_dir: Path, budget: int, kv_cache_dtype: str = "auto") -> Outc
     return Outcome.together([first, engine.generate(requests([73]))])
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize(("kind", "budget"), [("v2-yarn", 24), ("v3", 512)])
-def test_network(kind: str, budget: int, kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of at most 24 tokens, or whole prompts, expanded where they have more than 32 tokens."""
+@pytest.mark.parametrize(
+    ("kind", "budget", "kv_cache_dtype", "attend"),
+    [
+        ("v2-yarn", 24, "auto", None),
+        ("v2-yarn", 24, "fp8", None),
+        ("v3", 512, "auto", None),
+        ("v3", 512, "fp8", None),
+        ("v3", 512, "auto", flash_attention),
+    ],
+)
+def test_network(
+    kind: str,
+    budget: int,
+    kv_cache_dtype: str,
+    attend: Attend | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In chunks of at most 24 tokens, or whole prompts, expanded where they have more than 32 tokens; or those of more
+    than 8, in pieces of 8 or 16 tokens with each other or with 16 cached ones."""
     model_dir = make_checkpoint(tmp_path, kind)
     exact = generate(model_dir, budget, kv_cache_dtype)
-    ops = CudaOps()
+    ops = CudaOps(attend=attend)
     monkeypatch.setattr("model.runner._choose_ops", lambda *_: ops)
-    monkeypatch.setattr("model.ops.cuda.attention.MOST_ABSORBED", 32)
+    monkeypatch.setattr("model.ops.cuda.attention.MOST_ABSORBED", 32 if attend is None else 8)
+    small_pieces(monkeypatch, 8, 16, 16)
     found = generate(model_dir, budget, kv_cache_dtype)
     assert found.tokens == exact.tokens
     assert found.num_preemptions == exact.num_preemptions
@@ -73,19 +91,25 @@ def test_a_gpu_gets_the_kernels_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> 
     device = torch.device("cuda")
     monkeypatch.setattr("model.ops.cuda.device.shared_memory", lambda _: 99 << 10)
     assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").name == "cuda"
+    assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").prefill_attention == "triton"
+    monkeypatch.setattr("model.ops.cuda.cudnn.chosen", lambda *_: flash_attention)
+    assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").prefill_attention == "cudnn"
     assert _choose_ops(CONFIG, torch.float32, device, 1, "none").name == "eager"
     monkeypatch.setattr("model.ops.cuda.device.shared_memory", lambda _: 64 << 10)
     assert _choose_ops(CONFIG, torch.bfloat16, device, 1, "none").name == "eager"
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_no_launch_waits_for_the_device(kv_cache_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kv_cache_dtype", "attend"), [("auto", None), ("fp8", None), ("auto", flash_attention)])
+def test_no_launch_waits_for_the_device(
+    kv_cache_dtype: str, attend: Attend | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts, chunks, decoding, log-probabilities: from the rows to the tokens nothing is read until it is collected.
 
     Rows have a memory of the device's own, as with a GPU. Nothing is computed here, as in `test_graphs`.
     """
     model_dir = make_checkpoint(tmp_path, "v3")
-    ops = CudaOps()
+    ops = CudaOps(attend=attend)
+    small_pieces(monkeypatch, 8, 16, 16)
     monkeypatch.setattr("model.runner._choose_ops", lambda *_: ops)
     monkeypatch.setattr("model.ops.cuda.attention.MOST_ABSORBED", 32)
     engine = Engine(model_dir, budget=60, kv_cache_dtype=kv_cache_dtype)

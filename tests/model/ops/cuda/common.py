@@ -29,7 +29,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool)
     """`model.ops.cuda.cudnn.Attend` as torch has it on every CPU, for values as wide as keys only."""
     wide = torch.nn.functional.pad(v, (0, q.shape[2] - v.shape[2]))
     found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.cpu().unsqueeze(0).transpose(1, 2) for x in (q, k, wide)), 0.0, causal, scale=scale
+        *(x.to("cpu").unsqueeze(0).transpose(1, 2) for x in (q, k, wide)), 0.0, causal, scale=scale
     )
     return found[0].transpose(0, 1)[..., : v.shape[2]].to(q.device), lse[0].to(q.device)
 

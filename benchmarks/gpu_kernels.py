@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -73,7 +74,10 @@ def kernels(suite: Suite) -> bool:
         name = f"attention {rows} x {context}{' in fp8' if fp8 else ''}"
         suite.report("kernels", name, us=seconds * 1e6, share=limit / seconds)
         del cache, attend
-    expanded(suite, chosen(config, suite.dtype, suite.device))
+    began = time.perf_counter()
+    by_cudnn = chosen(config, suite.dtype, suite.device)
+    suite.report("kernels", "choosing who attends", s=time.perf_counter() - began)
+    expanded(suite, by_cudnn)
     experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     number = config.n_shared_experts
     weight = partial(suite.randn, scale=0.02)

@@ -20,9 +20,11 @@ from benchmarks.gpu_suite import GROUPS
 from benchmarks.make_checkpoint import SHAPES
 from tests.model.ops.cuda.common import flash_attention, small_pieces
 
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="it is what is run there")
 
+
+@on_a_cpu
 @pytest.mark.timeout(900)  # eleven processes, each with torch
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it is what is run there")
 def test_every_group_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert gpu_suite.main(["--out", str(tmp_path), "--toy"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -54,6 +56,7 @@ def reported(suite: Suite) -> dict[str, dict[str, Any]]:
     return {line["case"]: line for line in lines if line["group"] != "facts"}
 
 
+@on_a_cpu
 def test_long_prompts_in_pieces_stand_beside_the_own_kernel(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch, 32, 64, 32)
     expanded(suite, flash_attention)
@@ -65,6 +68,7 @@ def test_long_prompts_in_pieces_stand_beside_the_own_kernel(suite: Suite, monkey
     }
 
 
+@on_a_cpu
 def test_a_peer_that_fails_is_a_line(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is there and does not take what it is given, among others that do."""
 

@@ -89,9 +89,9 @@ def measure(port: int, scenario: Scenario, prompts: Prompts, plain: bool) -> Run
 
 
 def _body(prompt: str, output: int, plain: bool) -> bytes:
-    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": output, "temperature": 0, "stream": True}
+    body = {"prompt": prompt, "max_tokens": output, "temperature": 0, "stream": True}
     if not plain:
-        body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+        body |= {"model": MODEL_NAME, "ignore_eos": True, "stream_options": {"include_usage": True}}
     return json.dumps(body).encode()
 
 

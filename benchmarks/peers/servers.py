@@ -25,7 +25,7 @@ class Server:
     ready: str = "/health"
     environment: dict[str, str] = field(default_factory=dict)
     plain: bool = False
-    """It refuses request fields beyond OpenAI's first ones, such as `ignore_eos`."""
+    """It refuses request fields beyond OpenAI's first ones, such as `ignore_eos`, and a name for its model."""
 
 
 def _latentd(checkpoint: str, precision: str, scenarios: tuple[str, ...], options: str = "") -> Server:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from model.ops.cpu.build import build, compiler
 
 FOLDER = Path(__file__).parent / "model/ops"
-TESTS = [str(FOLDER / f"test_cpu_{name}.py") for name in ("pool", "linear", "moe", "attention", "sampler")]
+TESTS = [str(FOLDER / f"test_cpu_{name}.py") for name in ("pool", "linear", "moe", "attention", "sampler", "replay")]
 
 
 class Sanitizer(NamedTuple):

@@ -53,7 +53,7 @@ class Pair:
 def test_equal_to_single_calls(kind: str, tied: bool, quantization: str, tmp_path: Path) -> None:
     """Prompts in chunks, beside rows that decode, tokens that see another row's blocks, and nothing that is sampled."""
     path = make_checkpoint(tmp_path / "model", kind, tie_word_embeddings=tied, **KINDS[kind])
-    pair = Pair(by_kernels(path, threads=1, quantization=quantization))
+    pair = Pair(by_kernels(path, threads=2, quantization=quantization))
     first, second, third = (Row(random_tokens(n, 256, seed=n)) for n in (150, 70, 9))
     pair.step((first, 1))
     pair.step((first, 69), sampled=[])
@@ -65,7 +65,7 @@ def test_equal_to_single_calls(kind: str, tied: bool, quantization: str, tmp_pat
 
 
 def test_steps_of_every_size(tmp_path: Path) -> None:
-    pair = Pair(by_kernels(make_checkpoint(tmp_path / "model", "v2-grouped", q_lora_rank=32), threads=1))
+    pair = Pair(by_kernels(make_checkpoint(tmp_path / "model", "v2-grouped", q_lora_rank=32), threads=2))
     for size in (70, *range(1, 70)):
         row = Row(random_tokens(size, 256, seed=size))
         pair.step((row, size))
@@ -74,14 +74,14 @@ def test_steps_of_every_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"n_shared_experts": None}, {"first_k_dense_replace": 0}, {"num_hidden_layers": 1}])
 def test_other_networks(change: dict[str, int | None], tmp_path: Path) -> None:
-    pair = Pair(by_kernels(make_checkpoint(tmp_path / "model", "v2", **change), threads=1))
+    pair = Pair(by_kernels(make_checkpoint(tmp_path / "model", "v2", **change), threads=2))
     row = Row(random_tokens(80, 256))
     pair.step((row, 75))
     pair.step((row, 1))
 
 
 def test_a_row_alone_and_among_others(tmp_path: Path) -> None:
-    model = by_kernels(make_checkpoint(tmp_path / "model", "v2-yarn"), threads=1)
+    model = by_kernels(make_checkpoint(tmp_path / "model", "v2-yarn"), threads=2)
     replayed, driver = model.ops.recorded(model.compute, model.config), Driver(model)
     rows = [Row(random_tokens(n, 256, seed=n)) for n in (3, 64, 65, 200)]
     alone = [replayed(driver.inputs([(row, len(row.tokens))]), driver.cache)[1].clone() for row in rows]

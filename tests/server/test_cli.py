@@ -134,47 +134,27 @@ def test_inspect_the_builtin_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{report['cache_bytes_per_token']:,} bytes a token" in capsys.readouterr().out
 
 
-V2_LITE = {
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "max_position_embeddings": 163840,
-}
-V2 = V2_LITE | {
-    "hidden_size": 5120,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "n_routed_experts": 160,
-    "topk_method": "group_limited_greedy",
-    "n_group": 8,
-    "topk_group": 3,
-    "routed_scaling_factor": 16.0,
-}
-
-
-def write_config(folder: Path, shape: dict[str, object]) -> None:
-    config = json.loads((BUILTIN_MODEL / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | shape), encoding="utf-8")
-
-
 def test_inspect_plans_from_the_config_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """DeepSeek-V2-Lite (arXiv 2405.04434, appendix B): 15.7 B parameters, 2.4 B active, 31,104 bytes a token."""
-    write_config(tmp_path, V2_LITE)
+    config = json.loads((BUILTIN_MODEL / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "max_position_embeddings": 163840,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert main(["inspect", str(tmp_path), "--json", "--device-memory", "80GiB"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert round(report["parameters"] / 1e9, 1) == 15.7
@@ -184,38 +164,6 @@ def test_inspect_plans_from_the_config_alone(capsys: pytest.CaptureFixture[str],
     assert report["requests_of_128k"] == (80 * 2**30 - report["weight_bytes"]) // (131072 * 31104)
     assert main(["inspect", str(tmp_path), "--device-memory", "8GiB"]) == 0
     assert "the weights do not fit" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("shape", "memory", "quantization", "weights", "fits", "fp8_fits"),
-    [
-        (V2_LITE, "40GB", None, 31.4e9, 276e3, 488e3),
-        (V2_LITE, "80GB", None, 31.4e9, 1.562e6, 2.76e6),
-        (V2_LITE, "141GB", None, 31.4e9, 3.523e6, 6.22e6),
-        (V2, "141GB", None, 471.5e9, 0, 0),
-        (V2, "141GB", "int4", 126.8e9, 205e3, 367e3),
-    ],
-)
-def test_inspect_says_what_fits_on_a_card(
-    shape: dict[str, object],
-    memory: str,
-    quantization: str | None,
-    weights: float,
-    fits: float,
-    fp8_fits: float,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    """Worked out by hand from the parameters: 2 bytes or 4.25 bits each; 31,104 and 69,120 bytes a token in bfloat16,
-    and (512 + 4 + 128) a layer with latents in 8 bits."""
-    write_config(tmp_path, shape)
-    assert main(["inspect", str(tmp_path), "--json", "--device-memory", memory]) == 0
-    report = json.loads(capsys.readouterr().out)
-    found = report if quantization is None else report["quantization"][quantization]
-    assert found["weight_bytes"] == pytest.approx(weights, rel=0.01)
-    assert found["cached_tokens"] == pytest.approx(fits, rel=0.02)
-    assert found["fp8_cached_tokens"] == pytest.approx(fp8_fits, rel=0.02)
-    assert report["longest_context"] == min(report["cached_tokens"], 163840)
 
 
 @contextlib.contextmanager

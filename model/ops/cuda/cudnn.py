@@ -145,20 +145,27 @@ def chosen(
 
     Whatever it raises counts as no. The plans that it makes are those that prompts will need.
     """
-    reason = "they agree"
     try:
-        for number in range(prefill.PIECE, prefill.MOST_OF_A_PIECE + 1, prefill.PIECE):
-            for keys, causal in ((number, True), (prefill.PIECE_KEYS, False)):
-                difference = _difference(attend, number, keys, causal, config, dtype, device)
-                if not difference < TOLERANCE:  # NaN is not
-                    reason = f"results of {number} queries and {keys} keys differ by {difference:.2g}"
+        problem = _disagreement(config, dtype, device, attend)
     except Exception as error:  # of cuDNN, of a torch without it, of a device that runs out of memory
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    agree = reason == "they agree"
-    logger.info("attention of prompts: by %s (%s)", "cuDNN" if agree else "the own kernel, not cuDNN", reason)
-    return attend if agree else None
+    if problem is not None:
+        logger.info("attention of prompts: by the own kernel, not cuDNN (%s)", problem)
+        return None
+    logger.info("attention of prompts: by cuDNN (they agree)")
+    return attend
+
+
+def _disagreement(config: DeepseekConfig, dtype: torch.dtype, device: torch.device, attend: Attend) -> str | None:
+    """The first shape whose results differ by more than `TOLERANCE`."""
+    for number in range(prefill.PIECE, prefill.MOST_OF_A_PIECE + 1, prefill.PIECE):
+        for keys, causal in ((number, True), (prefill.PIECE_KEYS, False)):
+            difference = _difference(attend, number, keys, causal, config, dtype, device)
+            if not difference < TOLERANCE:  # NaN is not
+                return f"results of {number} queries and {keys} keys differ by {difference:.2g}"
+    return None
 
 
 def _difference(
